@@ -1,0 +1,320 @@
+"""Normalise an exported graph: inline wrappers, drop asserts and no-ops, raise idioms to graphopt ops.
+
+Matching happens before any decomposition, because decompositions explode attention. Each rule is a local rewrite that
+keeps the function; capture checks the whole against the original module at a shape that was not captured.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.purity import eliminate_dead_code
+
+aten = torch.ops.aten
+_ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def normalize(graph_module: fx.GraphModule) -> None:
+    """Normalise in place."""
+    inline_wrappers(graph_module)
+    graph = graph_module.graph
+    drop_asserts(graph)
+    drop_no_ops(graph)
+    constant_devices(graph)
+    raise_attention(graph)
+    merge_masks(graph)
+    raise_rms_norm(graph)
+    raise_rotary(graph)
+    eliminate_dead_code(graph)
+    graph.lint()
+    graph_module.recompile()
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a call of one of `targets`; an overload packet stands for all its overloads."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    return any(target is wanted or packet is wanted for wanted in targets)
+
+
+def inline_wrappers(graph_module: fx.GraphModule) -> None:
+    """Replace calls of grad-mode and autocast wrappers by the nodes of their submodules."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_function" or getattr(node.target, "_name", None) not in _WRAPPERS:
+                continue
+            body_position = next(
+                i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
+            )
+            body_node = node.args[body_position]
+            body = getattr(graph_module, body_node.target)
+            _inline(graph_module.graph, node, body.graph, node.args[body_position + 1 :])
+            changed = True
+        graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.users))
+
+
+def _inline(graph: fx.Graph, call: fx.Node, body: fx.Graph, arguments: tuple[Any, ...]) -> None:
+    mapping: dict[fx.Node, Any] = {}
+    placeholders = iter(arguments)
+    results: tuple[Any, ...] = ()
+    with graph.inserting_before(call):
+        for node in body.nodes:
+            if node.op == "placeholder":
+                mapping[node] = next(placeholders)
+            elif node.op == "output":
+                value = fx.node.map_arg(node.args[0], lambda n: mapping[n])
+                results = tuple(value) if isinstance(value, tuple | list) else (value,)
+            else:
+                mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    for user in list(call.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        else:
+            user.replace_input_with(call, results[0])
+    graph.erase_node(call)
+
+
+def drop_asserts(graph: fx.Graph) -> None:
+    """Remove the assertions that export inserts; shapes are checked by our own verification."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and any(word in str(node.target) for word in _ASSERTS):
+            graph.erase_node(node)
+
+
+def drop_no_ops(graph: fx.Graph) -> None:
+    """Remove evaluation-mode dropout, aliases, detaches and casts to the dtype a tensor already has."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        drop = is_op(node, aten.alias, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.lift_fresh)
+        if is_op(node, aten.dropout, aten.dropout_, aten.feature_dropout):
+            drop = not node.args[2] or node.args[1] == 0
+        if is_op(node, aten.to, aten.type_as, aten._to_copy):
+            before, after = source.meta.get("val"), node.meta.get("val")
+            if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+                if before.dtype == after.dtype:
+                    drop = True
+                else:
+                    with graph.inserting_before(node):
+                        cast = graph.call_function(aten.to.dtype, (source, after.dtype))
+                    cast.meta = dict(node.meta)
+                    node.replace_all_uses_with(cast)
+                    graph.erase_node(node)
+                    continue
+        if drop:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def constant_devices(graph: fx.Graph) -> None:
+    """Name the capture device `cpu` in every argument; runs map it to where they happen."""
+    cpu = torch.device("cpu")
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, lambda a: cpu if isinstance(a, torch.device) else a)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: cpu if isinstance(a, torch.device) else a)
+
+
+def raise_attention(graph: fx.Graph) -> None:
+    """Turn `scaled_dot_product_attention` into `graphopt::attention` (queries and keys of one length when causal)."""
+    for node in list(graph.nodes):
+        if not is_op(node, aten.scaled_dot_product_attention):
+            continue
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        q = given["query"].meta["val"]
+        if q.dim() != 4 or given.get("dropout_p", 0.0) or not isinstance(given.get("is_causal", False), bool):
+            continue
+        scale = given.get("scale")
+        scale = float(scale) if scale is not None else 1.0 / math.sqrt(q.shape[-1])
+        with graph.inserting_before(node):
+            new = graph.call_function(
+                torch.ops.graphopt.attention.default,
+                (
+                    given["query"],
+                    given["key"],
+                    given["value"],
+                    given.get("attn_mask"),
+                    None,
+                    scale,
+                    given.get("is_causal", False),
+                    None,
+                    None,
+                ),
+            )
+        _replace(graph, node, new)
+
+
+def merge_masks(graph: fx.Graph) -> None:
+    """Move a mask's causality and window into the attention that reads it, leaving key padding `[B, T]` or nothing."""
+    for node in list(graph.nodes):
+        if not is_op(node, torch.ops.graphopt.attention):
+            continue
+        mask = node.args[3]
+        if not is_op(mask, torch.ops.graphopt.attention_mask) or node.args[6]:
+            continue
+        _, padding, _, _, causal, window = mask.args
+        arguments = list(node.args)
+        arguments[3], arguments[6], arguments[7] = padding, causal, window
+        node.args = tuple(arguments)
+
+
+def raise_rms_norm(graph: fx.Graph) -> None:
+    """Raise x * rsqrt(mean(x^2, -1) + eps), its casts and its gain to `graphopt::rms_norm`."""
+    for node in list(graph.nodes):
+        if is_op(node, aten.rms_norm):
+            _raise_aten_rms_norm(graph, node)
+        elif is_op(node, aten.rsqrt):
+            _raise_rms_idiom(graph, node)
+
+
+def _raise_aten_rms_norm(graph: fx.Graph, node: fx.Node) -> None:
+    x, sizes, *rest = node.args
+    weight = rest[0] if rest else node.kwargs.get("weight")
+    eps = rest[1] if len(rest) > 1 else node.kwargs.get("eps")
+    if len(sizes) != 1:  # type: ignore[arg-type]
+        return
+    if eps is None:
+        eps = torch.finfo(x.meta["val"].dtype).eps  # type: ignore[union-attr]
+    with graph.inserting_before(node):
+        new = graph.call_function(torch.ops.graphopt.rms_norm.default, (x, weight, float(eps), True))  # type: ignore[arg-type]
+    _replace(graph, node, new)
+
+
+def _raise_rms_idiom(graph: fx.Graph, rsqrt: fx.Node) -> None:
+    shifted = rsqrt.args[0]
+    if not is_op(shifted, aten.add) or len(rsqrt.users) != 1:
+        return
+    mean, eps = shifted.args[:2]  # type: ignore[union-attr]
+    if not is_op(mean, aten.mean) or not isinstance(eps, float | int):
+        return
+    axes, keep = mean.args[1], len(mean.args) > 2 and mean.args[2]  # type: ignore[union-attr,index]
+    if list(axes) not in ([-1], [mean.meta["val"].dim() - 1]) or not keep:  # type: ignore[union-attr,call-overload]
+        return
+    square = mean.args[0]  # type: ignore[union-attr]
+    if is_op(square, aten.pow) and square.args[1] == 2:  # type: ignore[union-attr]
+        wide = square.args[0]  # type: ignore[union-attr]
+    elif is_op(square, aten.mul) and square.args[0] is square.args[1]:  # type: ignore[union-attr]
+        wide = square.args[0]  # type: ignore[union-attr]
+    else:
+        return
+    product = next(iter(rsqrt.users))
+    if not is_op(product, aten.mul) or set(product.args) != {wide, rsqrt}:
+        return
+    x = wide
+    if is_op(wide, aten.to) and set(wide.users) <= {square, product}:  # type: ignore[union-attr]
+        x = wide.args[0]  # type: ignore[union-attr]
+    dtype = x.meta["val"].dtype  # type: ignore[union-attr]
+    root, weight, in_float = _gain(product, dtype)
+    if root.meta["val"].dtype != dtype:
+        return
+    with graph.inserting_before(root):
+        new = graph.call_function(torch.ops.graphopt.rms_norm.default, (x, weight, float(eps), in_float))  # type: ignore[arg-type]
+    _replace(graph, root, new)
+
+
+def _gain(product: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node | None, bool]:
+    """The last node of a norm idiom, its gain `[d]` and whether the gain multiplies before the cast back."""
+
+    def only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
+        users = list(node.users)
+        return users[0] if len(users) == 1 and is_op(users[0], *targets) else None
+
+    def gain_of(node: fx.Node, normed: fx.Node) -> fx.Node | None:
+        others = [a for a in node.args if a is not normed]
+        found = others[0] if len(others) == 1 else None
+        return found if isinstance(found, fx.Node) and found.meta["val"].dim() == 1 else None
+
+    cast = only_user(product, aten.to)
+    if product.meta["val"].dtype == dtype:
+        scaled = only_user(product, aten.mul)
+        weight = gain_of(scaled, product) if scaled is not None else None
+        if scaled is not None and weight is not None:
+            return scaled, weight, False
+        return product, None, False
+    if cast is not None and cast.meta["val"].dtype == dtype:
+        scaled = only_user(cast, aten.mul)
+        weight = gain_of(scaled, cast) if scaled is not None else None
+        if scaled is not None and weight is not None:
+            return scaled, weight, False
+        return cast, None, False
+    scaled = only_user(product, aten.mul)
+    weight = gain_of(scaled, product) if scaled is not None else None
+    if scaled is not None and weight is not None:
+        back = only_user(scaled, aten.to)
+        if back is not None and back.meta["val"].dtype == dtype:
+            return back, weight, True
+    return product, None, False
+
+
+def raise_rotary(graph: fx.Graph) -> None:
+    """Raise x * cos + cat(-x2, x1) * sin to `graphopt::rotary` (half layout, whole width of x)."""
+    for node in list(graph.nodes):
+        if not is_op(node, aten.add) or not all(is_op(a, aten.mul) for a in node.args[:2]) or len(node.args) != 2:
+            continue
+        left, right = node.args
+        for straight, turned in ((left, right), (right, left)):
+            found = _rotation(straight, turned)
+            if found is not None:
+                x, cos, sin = found
+                with graph.inserting_before(node):
+                    new = graph.call_function(torch.ops.graphopt.rotary.default, (x, cos, sin, False))
+                _replace(graph, node, new)
+                break
+
+
+def _rotation(straight: fx.Node, turned: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    cat = next((a for a in turned.args if is_op(a, aten.cat)), None)
+    if cat is None:
+        return None
+    pieces, axis = cat.args[0], (cat.args[1] if len(cat.args) > 1 else 0)
+    rank = cat.meta["val"].dim()
+    if len(pieces) != 2 or axis not in (-1, rank - 1) or not is_op(pieces[0], aten.neg):
+        return None
+    second, first = pieces[0].args[0], pieces[1]
+    if not (is_op(first, aten.slice) and is_op(second, aten.slice)) or first.args[0] is not second.args[0]:
+        return None
+    x = first.args[0]
+    width = x.meta["val"].shape[-1]
+    half = width // 2
+    if not isinstance(width, int) or tuple(first.args[1:4]) not in ((rank - 1, 0, half), (-1, 0, half)):
+        return None
+    start = second.args[2]
+    if second.args[1] not in (-1, rank - 1) or start != half or second.args[3] < width:
+        return None
+    cos = next((a for a in straight.args if a is not x), None)
+    sin = next((a for a in turned.args if a is not cat), None)
+    if x not in straight.args or not isinstance(cos, fx.Node) or not isinstance(sin, fx.Node):
+        return None
+    if cos.meta["val"].shape[-1] != width or sin.meta["val"].shape[-1] != width:
+        return None
+    return x, cos, sin
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    _erase_dead(graph, old.all_input_nodes)
+
+
+def _erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    for node in nodes:
+        if not node.users and node.op == "call_function":
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            _erase_dead(graph, inputs)

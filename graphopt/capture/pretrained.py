@@ -1,0 +1,276 @@
+"""Loading a transformers model for capture: the only file besides the checkpoint writer that imports transformers.
+
+The model is built without weights (parameters on meta, buffers computed), attention goes through our own function of
+transformers' attention interface, and tensors are read lazily from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
+from graphopt.capture.checkpoint import CheckpointSource
+from graphopt.capture.export import DEFAULT_DIMS, capture_module
+from graphopt.diagnostics import ArtifactError, CaptureError
+from graphopt.ir.program import Dim, Input, Origin, Program
+
+_PROBE_ROW = 1 << 17
+
+
+def capture_pretrained(path: str | Path, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Program:
+    """Capture a local checkpoint directory, or a hub id that transformers has cached.
+
+    Raises ArtifactError when files are missing or damaged, CaptureError when the model cannot be captured.
+    """
+    from transformers import AutoConfig
+
+    directory = _resolve(path)
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ArtifactError.of("no_config", f"{directory} holds no config.json")
+    try:
+        raw = json.loads(config_file.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtifactError.of("bad_config", f"{config_file} is not JSON: {error}") from error
+    raw.pop("auto_map", None)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    source = CheckpointSource(directory)
+    dtype = config.dtype or torch.float32
+    return _capture(config, raw, dtype, source, Origin(directory.name, raw, None, str(directory)), dims)
+
+
+def capture_config(
+    config: Any, *, dtype: torch.dtype | None = None, dims: tuple[Dim, ...] = DEFAULT_DIMS
+) -> Program:
+    """Capture a transformers config for its shapes alone: a Program whose weights cannot be read.
+
+    Serves planning, cost and golden counts of models that are not on this machine.
+    """
+    raw = config.to_dict()
+    dtype = dtype or config.dtype or torch.bfloat16
+    return _capture(config, raw, dtype, None, Origin(config.model_type, raw), dims)
+
+
+def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model of a config with parameters on meta, and the values of its buffers."""
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    cls = getattr(transformers, name, None) if name else None
+    factory = cls._from_config if cls is not None else transformers.AutoModelForCausalLM.from_config
+    _register_attention()
+    # Gradient checkpointing and caches change the graph; capture is stateless by design.
+    config.use_cache = False
+    with _parameters_on_meta():
+        model = factory(config, dtype=dtype, attn_implementation="graphopt")
+    model.eval()
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers() if value.device.type != "meta"}
+    model.to("meta")
+    return model, buffers
+
+
+def _capture(
+    config: Any,
+    raw: dict[str, Any],
+    dtype: torch.dtype,
+    source: CheckpointSource | None,
+    origin: Origin,
+    dims: tuple[Dim, ...],
+) -> Program:
+    model, buffers = build_on_meta(config, dtype)
+    on_disk = frozenset(source.names) if source is not None else None
+    origin = Origin(origin.name, raw, type(model).__name__, origin.path)
+    program = capture_module(
+        model,
+        model_inputs(model),
+        dims=dims,
+        source=source,
+        constants=buffers,
+        origin=origin,
+        names_on_disk=on_disk,
+    )
+    return program if source is None else _check_names(program, source)
+
+
+def _check_names(program: Program, source: CheckpointSource) -> Program:
+    on_disk = set(source.names)
+    missing = [w.name for w in program.weights.weights.values() if w.kind != "constant" and w.name not in on_disk]
+    if missing:
+        raise ArtifactError.of(
+            "missing_tensors",
+            f"{source.directory} lacks {len(missing)} tensors that the model reads, the first {missing[0]!r}",
+            notes=(f"on disk: {len(on_disk)} tensors, the first {source.names[0]!r}",),
+        )
+    for weight in program.weights.weights.values():
+        if weight.kind != "constant" and source.shape(weight.name) != weight.expr.shape:
+            raise ArtifactError.of(
+                "wrong_shape",
+                f"tensor {weight.name!r} is {list(source.shape(weight.name))} on disk,"
+                f" but config.json makes it {list(weight.expr.shape)}",
+            )
+    return program
+
+
+def model_inputs(model: Any) -> tuple[Input, ...]:
+    """The inputs a model is captured with, from the signature of its forward."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise CaptureError.of(
+            "inputs_unknown",
+            f"{type(model).__name__} takes {', '.join(parameters)}; pass inputs=... to capture it as a module",
+        )
+    inputs = [Input("input_ids", ("B", "S"), torch.int64, "tokens")]
+    if "attention_mask" in parameters:
+        inputs.append(Input("attention_mask", ("B", "S"), torch.int64, "padding"))
+    if "position_ids" in parameters:
+        inputs.append(Input("position_ids", ("B", "S"), torch.int64, "positions"))
+    return tuple(inputs)
+
+
+def _resolve(path: str | Path) -> Path:
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    if directory.is_absolute() or str(path).startswith("."):
+        raise ArtifactError.of("no_model", f"there is no model directory {str(path)!r}")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError.of(
+            "no_model",
+            f"{str(path)!r} is neither a directory nor a model that can be fetched",
+            notes=(str(error).splitlines()[0],),
+        ) from error
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules register go to meta at once; buffers keep the values that constructors compute."""
+    original = torch.nn.Module.register_parameter
+
+    def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
+            self._parameters[name] = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _register_attention() -> None:
+    """Offer `graphopt` beside transformers' own attention functions; nothing of theirs is replaced."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("graphopt", _attention)
+    AttentionMaskInterface.register("graphopt", _mask)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over `graphopt::attention`: returns `[B, S, H, D]`."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and attention_mask is None
+    if position_bias is not None:
+        low = torch.finfo(query.dtype).min
+        bias = position_bias.to(query.dtype)
+        attention_mask = bias if attention_mask is None else bias.masked_fill(~attention_mask, low)
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    result = torch.ops.graphopt.attention.default(
+        query, key, value, attention_mask, s_aux, scale, causal, None, None if softcap is None else float(softcap)
+    )
+    return result.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface: causal and windowed masks become one op with attributes, others a tensor."""
+    found = _classify(mask_function)
+    if found is None:
+        from transformers.masking_utils import sdpa_mask
+
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "config")}
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
+        )
+    causal, window = found
+    if attention_mask is None and not causal and window is None:
+        return None
+    anchor = attention_mask if attention_mask is not None else torch.zeros((), device=device)
+    return torch.ops.graphopt.attention_mask.default(anchor, attention_mask, q_length, kv_length, causal, window)
+
+
+def _classify(mask_function: Any) -> tuple[bool, int | None] | None:
+    """Tell (causal, window) of a mask function by evaluating it on index grids, or None for any other kind.
+
+    transformers passes masks as functions of (batch, head, query, key) indices; asking the function itself needs no list
+    of the functions that exist.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    zero = None
+
+    def row(query: int, keys: torch.Tensor) -> torch.Tensor:
+        seen = mask_function(zero, zero, torch.tensor(query), keys)
+        return torch.as_tensor(seen).expand(keys.shape)
+
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        zero = torch.tensor(0)
+        try:
+            keys = torch.arange(2 * _PROBE_ROW)
+            far = row(_PROBE_ROW, keys)
+            past, future = int(far[: _PROBE_ROW + 1].sum()), int(far[_PROBE_ROW + 1 :].sum())
+            causal = future == 0
+            window = None if past == _PROBE_ROW + 1 else past
+            if window is None and not causal and future != _PROBE_ROW - 1:
+                return None
+            queries = {0, 1, 2, 31, _PROBE_ROW}
+            if window is not None:
+                queries |= {max(window - 1, 0), window, window + 1, 2 * window + 3}
+            for query in queries:
+                expected = (keys <= query) if causal else torch.ones_like(keys, dtype=torch.bool)
+                if window is not None:
+                    expected = expected & (keys > query - window)
+                    if not causal:
+                        expected = expected & (keys < query + window)
+                if not torch.equal(row(query, keys), expected):
+                    return None
+        except (RuntimeError, TypeError, IndexError, AttributeError):
+            # Functions that close over traced tensors (packed sequences, image blocks) are no pure index functions.
+            return None
+    return causal, window
