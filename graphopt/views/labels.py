@@ -1,0 +1,549 @@
+"""Label propagation: the axes of every node of a program, found op by op from shapes and schemas alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphopt.ir.program import Program
+from graphopt.views.atoms import Atom, Axis, Dyn, LockedLeaves, find, flat, lock, size_of, split_sum, unify
+
+aten = torch.ops.aten
+Axes = list[Axis]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product with a weight: y = x W^T + b (`in_axis` 1) or x W + b (`in_axis` 0, the Conv1D layout)."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    in_axis: int
+
+    @property
+    def out_axis(self) -> int:
+        """The weight's output axis."""
+        return 1 - self.in_axis
+
+
+class Labels:
+    """Axes of all nodes of a program, its matrix products and its norms.
+
+    `axes[node]` is a list of axes, or a list of such lists for nodes with several outputs; nodes that are numbers have
+    none. `locks` says for each leaf why it must not be cut; unlocked leaves are free.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.axes: dict[fx.Node, Any] = {}
+        self.linears: dict[fx.Node, Linear] = {}
+        self.norms: dict[fx.Node, Axis] = {}
+        self.weight_axes: dict[str, Axes] = {}
+        for node in program.graph.graph.nodes:
+            self._visit(node)
+        locked = LockedLeaves()
+        for axes in self.axes.values():
+            for axis in _every(axes):
+                locked.visit(axis)
+        self.locks: dict[Atom, list[str]] = locked.reasons
+
+    def of(self, node: fx.Node) -> Axes:
+        """The axes of a node with one tensor result."""
+        found: Axes = self.axes[node]
+        return found
+
+    def _visit(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            axes = self._fresh(value)
+            self.axes[node] = axes
+            if "weight" in node.meta:
+                self.weight_axes[node.meta["weight"]] = axes
+            else:
+                for axis in axes:
+                    lock(axis, f"input {node.name!r} has this size")
+            return
+        if node.op == "output":
+            for result in self.program.output_nodes:
+                for axis in self.of(result):
+                    lock(axis, "it is the size of a result")
+            return
+        if not isinstance(value, torch.Tensor | tuple | list):
+            return
+        handler = self._handler(node)
+        if handler is None or not self._try(handler, node):
+            self._unknown(node)
+
+    def _try(self, handler: Callable[[fx.Node], Any], node: fx.Node) -> bool:
+        result = handler(node)
+        if result is None:
+            return False
+        self.axes[node] = result
+        return True
+
+    def _handler(self, node: fx.Node) -> Callable[[fx.Node], Any] | None:
+        target = node.target
+        if target is operator.getitem:
+            return self._getitem
+        packet = getattr(target, "overloadpacket", None)
+        if packet in _HANDLERS:
+            return getattr(self, _HANDLERS[packet])  # type: ignore[no-any-return]
+        tags = getattr(target, "tags", ())
+        if torch.Tag.pointwise in tags:
+            return self._pointwise
+        return None
+
+    def _fresh(self, value: torch.Tensor) -> Axes:
+        return [() if size == 1 else (Atom(size),) if isinstance(size, int) else (Dyn(size.node.expr),) for size in value.shape]
+
+    def _unknown(self, node: fx.Node) -> None:
+        reason = f"op {_op_name(node)} at %{node.name} is not understood"
+        for source in node.all_input_nodes:
+            for axis in _every(self.axes.get(source, [])):
+                lock(axis, reason)
+        value = node.meta["val"]
+        values = value if isinstance(value, tuple | list) else [value]
+        made = [self._fresh(v) if isinstance(v, torch.Tensor) else [] for v in values]
+        for axes in made:
+            for axis in axes:
+                lock(axis, reason)
+        self.axes[node] = made if isinstance(value, tuple | list) else made[0]
+
+    # -- op handlers ------------------------------------------------------------------------------------------------
+
+    def _getitem(self, node: fx.Node) -> Axes | None:
+        source = self.axes.get(node.args[0])  # type: ignore[arg-type]
+        if not source or not isinstance(source[0], list):
+            return None
+        return list(source[node.args[1]])
+
+    def _same(self, node: fx.Node) -> Axes:
+        return list(self.of(node.args[0]))  # type: ignore[arg-type]
+
+    def _pointwise(self, node: fx.Node) -> Axes:
+        tensors = [a for a in _flatten(node.args) + _flatten(node.kwargs.values()) if isinstance(a, fx.Node)]
+        tensors = [a for a in tensors if isinstance(a.meta.get("val"), torch.Tensor)]
+        return self._broadcast([self.of(t) for t in tensors], node.meta["val"], f"%{node.name}")
+
+    def _broadcast(self, operands: list[Axes], value: torch.Tensor, where: str) -> Axes:
+        result: Axes = []
+        rank = value.dim()
+        for i in range(rank):
+            chosen: Axis | None = None
+            for axes in operands:
+                j = i - (rank - len(axes))
+                if j < 0 or axes[j] == ():
+                    continue
+                if chosen is None:
+                    chosen = axes[j]
+                else:
+                    unify(chosen, axes[j], f"operands of {where}")
+            result.append(chosen if chosen is not None else ())
+        return result
+
+    def _linear(self, node: fx.Node) -> Axes:
+        x, weight, *rest = node.args
+        bias = rest[0] if rest else node.kwargs.get("bias")
+        return self._product(node, x, weight, bias, in_axis=1)  # type: ignore[arg-type]
+
+    def _addmm(self, node: fx.Node) -> Axes:
+        bias, x, weight = node.args[:3]
+        return self._product(node, x, weight, bias, in_axis=0)  # type: ignore[arg-type]
+
+    def _product(self, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, in_axis: int) -> Axes:
+        ax, aw = self.of(x), self.of(weight)
+        unify(ax[-1], aw[in_axis], f"contraction at %{node.name}")
+        out = aw[1 - in_axis]
+        if bias is not None:
+            unify(out, self.of(bias)[-1], f"bias of %{node.name}")
+        if "weight" in weight.meta and (bias is None or "weight" in bias.meta):
+            self.linears[node] = Linear(
+                node, x, weight.meta["weight"], bias.meta["weight"] if bias is not None else None, in_axis
+            )
+        return [*ax[:-1], out]
+
+    def _matmul(self, node: fx.Node) -> Axes | None:
+        x, y = node.args[:2]
+        if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+            return None
+        ax, ay = self.of(x), self.of(y)
+        if len(ay) == 2 and "weight" in y.meta:
+            return self._product(node, x, y, None, in_axis=0)
+        if len(ax) < 2 or len(ay) < 2:
+            return None
+        unify(ax[-1], ay[-2], f"contraction at %{node.name}")
+        batch = self._broadcast([ax[:-2], ay[:-2]], _Rank(max(len(ax), len(ay)) - 2), f"%{node.name}")  # type: ignore[arg-type]
+        return [*batch, ax[-2], ay[-1]]
+
+    def _baddbmm(self, node: fx.Node) -> Axes:
+        base, x, y = node.args[:3]
+        ax, ay = self.of(x), self.of(y)  # type: ignore[arg-type]
+        unify(ax[-1], ay[-2], f"contraction at %{node.name}")
+        made = [*self._broadcast([ax[:1], ay[:1]], _Rank(1), f"%{node.name}"), ax[-2], ay[-1]]  # type: ignore[arg-type]
+        return self._broadcast([made, self.of(base)], node.meta["val"], f"%{node.name}")  # type: ignore[arg-type]
+
+    def _embedding(self, node: fx.Node) -> Axes:
+        weight, ids = node.args[:2]
+        axes = self.of(weight)  # type: ignore[arg-type]
+        lock(axes[0], "rows are looked up by id")
+        return [*self.of(ids), axes[1]]  # type: ignore[arg-type]
+
+    def _view(self, node: fx.Node) -> Axes | None:
+        return self._reshape(self.of(node.args[0]), node.meta["val"].shape, f"%{node.name}")  # type: ignore[arg-type]
+
+    def _reshape(self, source: Axes, shape: Any, where: str) -> Axes | None:
+        tokens: list[Atom | Dyn] = [factor for axis in source for factor in flat(axis)]
+        result: Axes = []
+        for size in shape:
+            taken = _consume(tokens, size if isinstance(size, int) else size.node.expr, f"view at {where}")
+            if taken is None:
+                return None
+            result.append(taken)
+        return result if not tokens else None
+
+    def _transpose(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        i, j = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, 1) if len(axes) == 2 else (-1, -2)
+        axes[i], axes[j] = axes[j], axes[i]  # type: ignore[index]
+        return axes
+
+    def _permute(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        return [axes[i] for i in node.args[1]]  # type: ignore[union-attr,index,misc]
+
+    def _unsqueeze(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        position = node.args[1]
+        axes.insert(position if position >= 0 else position + len(axes) + 1, ())  # type: ignore[operator,arg-type]
+        return axes
+
+    def _squeeze(self, node: fx.Node) -> Axes | None:
+        axes = self._same(node)
+        if len(node.args) < 2:
+            return [axis for axis in axes if axis != ()]
+        dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        drop = {d % len(axes) for d in dims if axes[d] == ()}  # type: ignore[operator,index]
+        return [axis for i, axis in enumerate(axes) if i not in drop]
+
+    def _expand(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        fresh = self._fresh(node.meta["val"])
+        padded: Axes = [()] * (len(fresh) - len(axes)) + axes
+        return [old if old != () else new for old, new in zip(padded, fresh, strict=True)]
+
+    def _repeat_interleave(self, node: fx.Node) -> Axes | None:
+        if len(node.args) < 3 or not isinstance(node.args[1], int) or not isinstance(node.args[2], int):
+            return None
+        axes = self._same(node)
+        if node.args[1] > 1:
+            axes[node.args[2]] = (*axes[node.args[2]], Atom(node.args[1]))
+        return axes
+
+    def _repeat(self, node: fx.Node) -> Axes | None:
+        axes = self._same(node)
+        counts = node.args[1]
+        padded: Axes = [()] * (len(counts) - len(axes)) + axes  # type: ignore[arg-type]
+        made: Axes = []
+        for count, axis, size in zip(counts, padded, node.meta["val"].shape, strict=True):  # type: ignore[arg-type]
+            if not isinstance(count, int):
+                made.append((Dyn(size.node.expr),) if not isinstance(size, int) else axis)
+            else:
+                made.append(axis if count == 1 else (Atom(count), *axis))
+        return made
+
+    def _cat(self, node: fx.Node) -> Axes | None:
+        sources = [s for s in node.args[0] if s.meta["val"].numel() != 0 or True]  # type: ignore[union-attr]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        operands = [self.of(s) for s in sources]  # type: ignore[arg-type]
+        rank = node.meta["val"].dim()
+        dim = dim % rank  # type: ignore[operator]
+        result = self._broadcast(
+            [[*axes[:dim], (), *axes[dim + 1 :]] for axes in operands], node.meta["val"], f"%{node.name}"
+        )
+        size = node.meta["val"].shape[dim]
+        if not isinstance(size, int):
+            result[dim] = (Dyn(size.node.expr),)
+            return result
+        pieces: list[Axis] = [axes[dim] if axes[dim] != () else (Atom(1),) for axes in operands]
+        joined = Atom(size)
+        bounds = split_sum((joined,), [size_of(piece) for piece in pieces], f"cat at %{node.name}")
+        assert bounds is not None
+        for bound, piece in zip(bounds, pieces, strict=True):
+            unify(bound, piece, f"cat at %{node.name}")
+        result[dim] = (joined,)
+        return result
+
+    def _stack(self, node: fx.Node) -> Axes:
+        sources = [self.of(s) for s in node.args[0]]  # type: ignore[union-attr,arg-type]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        rank = node.meta["val"].dim()
+        merged = self._broadcast(sources, _Rank(rank - 1), f"%{node.name}")  # type: ignore[arg-type]
+        atom = Atom(len(sources))
+        lock((atom,), f"stacked at %{node.name}")
+        merged.insert(dim % rank, (atom,))  # type: ignore[operator]
+        return merged
+
+    def _split(self, node: fx.Node) -> list[Axes] | None:
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        source = self.of(node.args[0])  # type: ignore[arg-type]
+        dim = dim % len(source)  # type: ignore[operator]
+        sizes = [value.shape[dim] for value in node.meta["val"]]
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        pieces = split_sum(source[dim], sizes, f"split at %{node.name}")
+        if pieces is None:
+            return None
+        return [[*source[:dim], piece, *source[dim + 1 :]] for piece in pieces]
+
+    def _unbind(self, node: fx.Node) -> list[Axes] | None:
+        source = self.of(node.args[0])  # type: ignore[arg-type]
+        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(source)  # type: ignore[operator]
+        lock(source[dim], f"unbound at %{node.name}")
+        return [[*source[:dim], *source[dim + 1 :]] for _ in node.meta["val"]]
+
+    def _select(self, node: fx.Node) -> Axes:
+        source = self._same(node)
+        dim = node.args[1] % len(source)  # type: ignore[operator]
+        lock(source[dim], f"one index is selected at %{node.name}")
+        return [*source[:dim], *source[dim + 1 :]]
+
+    def _slice(self, node: fx.Node) -> Axes | None:
+        source = self._same(node)
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)  # type: ignore[operator]
+        size = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+        step = node.args[4] if len(node.args) > 4 else 1
+        new = node.meta["val"].shape[dim]
+        if not isinstance(size, int):
+            source[dim] = (Dyn(new.node.expr),) if not isinstance(new, int) else self._fresh(node.meta["val"])[dim]
+            return source
+        if new == size and step == 1:
+            return source
+        bounds = slice_bounds(node, size)
+        if step != 1 or bounds is None:
+            return None
+        start, end = bounds
+        sizes = [n for n in (start, end - start, size - end) if n]
+        pieces = split_sum(source[dim], sizes, f"slice at %{node.name}")
+        if pieces is None:
+            return None
+        source[dim] = pieces[1 if start else 0]
+        return source
+
+    def _layer_norm(self, node: fx.Node) -> Axes | None:
+        x, sizes = node.args[:2]
+        axes = self.of(x)  # type: ignore[arg-type]
+        if len(sizes) != 1:  # type: ignore[arg-type]
+            return None
+        for extra in node.args[2:4]:
+            if isinstance(extra, fx.Node):
+                unify(axes[-1], self.of(extra)[-1], f"gain of %{node.name}")
+        self.norms[node] = axes[-1]
+        return list(axes)
+
+    def _rms_norm(self, node: fx.Node) -> Axes:
+        x, weight = node.args[:2]
+        axes = self.of(x)  # type: ignore[arg-type]
+        if isinstance(weight, fx.Node):
+            unify(axes[-1], self.of(weight)[-1], f"gain of %{node.name}")
+        self.norms[node] = axes[-1]
+        return list(axes)
+
+    def _rotary(self, node: fx.Node) -> Axes | None:
+        x, cos, sin, interleaved = node.args
+        axes, ac, asin = self.of(x), self.of(cos), self.of(sin)  # type: ignore[arg-type]
+        where = f"rotary at %{node.name}"
+        unify(ac[-1], asin[-1], where)
+        width, total = size_of(ac[-1]), size_of(axes[-1])
+        turned = axes[-1]
+        if width < total:
+            pieces = split_sum(axes[-1], [width, total - width], where)
+            if pieces is None:
+                return None
+            turned = pieces[0]
+        unify(turned, ac[-1], where)
+        if interleaved:
+            lock(turned, where)
+        else:
+            halves = split_sum(turned, [width // 2, width // 2], where)
+            if halves is None:
+                return None
+            unify(halves[0], halves[1], where)
+        return list(axes)
+
+    def _attention(self, node: fx.Node) -> Axes:
+        q, k, v, mask, sinks = node.args[:5]
+        aq, ak, av = self.of(q), self.of(k), self.of(v)  # type: ignore[arg-type]
+        where = f"attention at %{node.name}"
+        unify(ak[1], av[1], where)
+        unify(aq[3], ak[3], where)
+        if ak[1] != ():
+            heads, kv_heads = size_of(aq[1]), size_of(ak[1])
+            grouped: Axis = (*ak[1], Atom(heads // kv_heads)) if heads != kv_heads else ak[1]
+            unify(aq[1], grouped, where)
+        if isinstance(sinks, fx.Node):
+            unify(aq[1], self.of(sinks)[-1], where)
+        if isinstance(mask, fx.Node) and len(self.of(mask)) == 4 and self.of(mask)[1] != ():
+            unify(aq[1], self.of(mask)[1], where)
+        return [aq[0], aq[1], aq[2], av[3]]
+
+    def _attention_mask(self, node: fx.Node) -> Axes:
+        return self._fresh(node.meta["val"])
+
+    def _reduce(self, node: fx.Node) -> Axes | None:
+        axes = self._same(node)
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if dims is None or dims == []:
+            return None
+        keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
+        positions = {d % len(axes) for d in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[operator]
+        for position in positions:
+            lock(axes[position], f"{_op_name(node)} at %{node.name} runs over it")
+        return [() if i in positions else axis for i, axis in enumerate(axes) if keep or i not in positions]
+
+    def _softmax(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        lock(axes[node.args[1]], f"softmax at %{node.name} runs over it")  # type: ignore[index]
+        return axes
+
+    def _factory(self, node: fx.Node) -> Axes:
+        return self._fresh(node.meta["val"])
+
+
+def slice_bounds(node: fx.Node, size: int) -> tuple[int, int] | None:
+    """Start and end of an `aten.slice` along an axis of `size`, clipped and made positive; None when symbolic."""
+    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+    end = node.args[3] if len(node.args) > 3 and node.args[3] is not None else size
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    start = max(0, min(size, start + size if start < 0 else start))
+    end = max(start, min(size, end + size if end < 0 else end))
+    return start, end
+
+
+class _Rank:
+    """Stands for a tensor where only its rank matters."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def dim(self) -> int:
+        return self._rank
+
+
+def _consume(tokens: list[Atom | Dyn], size: Any, where: str) -> Axis | None:
+    """Take factors off the front until their product is `size`; splits the last one when it is too large."""
+    if size == 1:
+        return ()
+    taken: list[Atom | Dyn] = []
+    have: Any = 1
+    while tokens:
+        token = tokens[0]
+        if isinstance(size, int):
+            if isinstance(token, Dyn):
+                return None
+            root = find(token)
+            need = size // have
+            if size % have:
+                return None
+            if root.size > need:
+                from graphopt.views.atoms import split_product
+
+                halves = split_product(root, need, where)
+                if halves is None:
+                    return None
+                tokens[0:1] = halves
+                continue
+            taken.append(root)
+            tokens.pop(0)
+            have *= root.size
+        else:
+            factor = token.expr if isinstance(token, Dyn) else sympy.Integer(find(token).size)
+            rest = sympy.simplify(size / (have * factor))
+            if isinstance(token, Dyn) and rest.is_Rational and rest < 1 or (isinstance(token, Dyn) and not _whole(rest)):
+                part = sympy.simplify(have * factor / size)
+                if not _whole(part):
+                    return None
+                need = sympy.simplify(size / have)
+                tokens[0:1] = [Dyn(need), Dyn(part) if part != 1 else Dyn(sympy.Integer(1))]
+                continue
+            taken.append(token)
+            tokens.pop(0)
+            have = have * factor
+        if sympy.simplify(have - size) == 0:
+            return tuple(taken)
+    return None
+
+
+def _whole(expr: Any) -> bool:
+    """Whether a quotient of sizes is itself a size (no denominator left)."""
+    return bool(sympy.fraction(sympy.together(expr))[1] == 1)
+
+
+def _every(axes: Any) -> list[Axis]:
+    if not axes:
+        return []
+    if isinstance(axes[0], list):
+        return [axis for group in axes for axis in group]
+    return list(axes)
+
+
+def _flatten(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            found.extend(_flatten(value))
+        else:
+            found.append(value)
+    return found
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).replace("aten.", "")
+
+
+def _table() -> dict[Any, str]:
+    names = {
+        "_linear": [aten.linear],
+        "_addmm": [aten.addmm],
+        "_matmul": [aten.matmul, aten.mm, aten.bmm],
+        "_baddbmm": [aten.baddbmm],
+        "_embedding": [aten.embedding],
+        "_view": [aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten],
+        "_transpose": [aten.transpose, aten.t, aten.swapaxes, aten.mT],
+        "_permute": [aten.permute],
+        "_unsqueeze": [aten.unsqueeze],
+        "_squeeze": [aten.squeeze],
+        "_expand": [aten.expand],
+        "_repeat_interleave": [aten.repeat_interleave],
+        "_repeat": [aten.repeat],
+        "_cat": [aten.cat, aten.concat],
+        "_stack": [aten.stack],
+        "_split": [aten.split, aten.split_with_sizes, aten.chunk],
+        "_unbind": [aten.unbind],
+        "_select": [aten.select],
+        "_slice": [aten.slice],
+        "_layer_norm": [aten.layer_norm],
+        "_rms_norm": [torch.ops.graphopt.rms_norm],
+        "_rotary": [torch.ops.graphopt.rotary],
+        "_attention": [torch.ops.graphopt.attention],
+        "_attention_mask": [torch.ops.graphopt.attention_mask],
+        "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
+        "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
+        "_factory": [aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor],
+        "_same": [aten.contiguous, aten.clone, aten.to, aten.alias, aten.dropout, aten.zeros_like, aten.ones_like,
+                  aten.full_like, aten.cumsum, aten.tril, aten.triu, aten.type_as],
+        "_pointwise": [aten.where, aten.masked_fill, aten.add, aten.sub, aten.mul, aten.div, aten.pow, aten.gelu,
+                       aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.softplus],
+    }
+    return {packet: name for name, packets in names.items() for packet in packets}
+
+
+_HANDLERS = _table()
