@@ -1,1 +1,30 @@
-"""graphopt.artifact."""
+"""Artifacts: a Program written as a checkpoint that loads again, stock when a stock config can say it.
+
+The names load lazily, because `import graphopt` installs the hook of this package and must not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.artifact.load import load
+    from graphopt.artifact.save import SaveReport, save
+
+__all__ = ["SaveReport", "load", "save"]
+
+_HOMES = {
+    "SaveReport": "graphopt.artifact.save",
+    "load": "graphopt.artifact.load",
+    "save": "graphopt.artifact.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        # Importing a submodule binds its name here; the function of the same name has to win.
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'graphopt.artifact' has no attribute {name!r}")

@@ -340,3 +340,20 @@ class LockedLeaves:
             else:
                 for piece in root.parts.axes:
                     self.visit(piece, reasons)
+
+
+def coordinates(axis: Axis, leaf: Atom) -> Indices:
+    """For every index of an axis, which index of `leaf` it belongs to, or -1 where the leaf takes no part."""
+    wanted = find(leaf)
+    result = np.full(1, -1, dtype=np.int64)
+    for factor in flat(axis):
+        if isinstance(factor, Dyn):
+            raise ValueError("an axis of symbolic size has no coordinates")
+        if factor.parts is not None:
+            inner = np.concatenate([coordinates(piece, leaf) for piece in factor.parts.axes])
+        elif factor is wanted:
+            inner = np.arange(factor.size)
+        else:
+            inner = np.full(factor.size, -1)
+        result = np.where(inner[None, :] >= 0, inner[None, :], result[:, None]).reshape(-1)
+    return result

@@ -1,0 +1,105 @@
+"""Taps: what to watch while calibration text runs through a program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["moments", "gram", "cosine", "taylor"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A statistic of one node's value.
+
+    `layout` says what a feature is: `last` takes the last axis and counts every other position as a token;
+    `heads` takes `[B, H, S, D]` as B x S tokens of H * D features. `cosine` compares with the node `other`.
+    """
+
+    node: str
+    kind: Kind
+    layout: Literal["last", "heads"] = "last"
+    other: str | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per-feature statistics `[d]` in float64: `count` tokens, `mean`, `variance`, `abs_mean`, `square_mean`.
+
+    `sample_l2` is sqrt(sum over samples of (mean over the sample's tokens of |x|)^2), Minitron's aggregate.
+    """
+
+    count: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+    abs_mean: torch.Tensor
+    square_mean: torch.Tensor
+    sample_l2: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Gram:
+    """`gram` `[d, d]` = sum over tokens of x x^T in float64, with `count` and `mean` `[d]`."""
+
+    count: int
+    mean: torch.Tensor
+    gram: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Mean over tokens of the cosine between two nodes' last axes."""
+
+    count: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """First-order terms `[samples, d]`: per sample, sum over tokens of x * dL/dx, L the next-token loss."""
+
+    count: int
+    terms: torch.Tensor
+
+
+Statistic = Moments | Gram | Cosine | Taylor
+
+
+class Statistics:
+    """Statistics by tap; typed getters raise KeyError for a tap that was not observed."""
+
+    def __init__(self, found: Mapping[Tap, Statistic]) -> None:
+        self._found = dict(found)
+
+    def __iter__(self) -> Iterator[Tap]:
+        return iter(self._found)
+
+    def __getitem__(self, tap: Tap) -> Statistic:
+        return self._found[tap]
+
+    def moments(self, node: str) -> Moments:
+        """Moments of a node."""
+        found = self._found[Tap(node, "moments")]
+        assert isinstance(found, Moments)
+        return found
+
+    def gram(self, node: str, layout: Literal["last", "heads"] = "heads") -> Gram:
+        """Gram matrix of a node."""
+        found = self._found[Tap(node, "gram", layout)]
+        assert isinstance(found, Gram)
+        return found
+
+    def cosine(self, node: str, other: str) -> Cosine:
+        """Cosine of two nodes."""
+        found = self._found[Tap(node, "cosine", "last", other)]
+        assert isinstance(found, Cosine)
+        return found
+
+    def taylor(self, node: str) -> Taylor:
+        """Taylor terms of a node."""
+        found = self._found[Tap(node, "taylor")]
+        assert isinstance(found, Taylor)
+        return found

@@ -1,0 +1,58 @@
+"""The registry of passes: built-ins in a table, third parties through the entry point group `graphopt.passes`.
+
+Nothing is imported until a pass is used; a name that two providers claim is an error that names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from graphopt.diagnostics import SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from graphopt.passkit.base import Pass
+
+BUILT_IN = {
+    "cleanup": "graphopt.passes.simplify.cleanup:Cleanup",
+    "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
+    "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
+    "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",
+    "prune_units": "graphopt.passes.width.prune_units:PruneUnits",
+    "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
+    "skip_layers": "graphopt.passes.depth.skip_layers:SkipLayers",
+}
+
+
+class PassRegistry:
+    """Pass classes by the name that YAML uses."""
+
+    def names(self) -> Iterable[str]:
+        """All names, sorted."""
+        return sorted({*BUILT_IN, *_third_party()})
+
+    def get(self, name: str, /) -> type[Pass]:
+        """The class of a name; raises SpecError with the closest match when there is none."""
+        if name in BUILT_IN:
+            module, _, attribute = BUILT_IN[name].partition(":")
+            found: type[Pass] = getattr(import_module(module), attribute)
+            return found
+        provided = _third_party().get(name)
+        if provided is None:
+            raise SpecError.of("unknown_pass", f"unknown pass {name!r}", help=did_you_mean(name, self.names()))
+        loaded: type[Pass] = provided.load()
+        return loaded
+
+
+@cache
+def _third_party() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group="graphopt.passes"):
+        known = BUILT_IN.get(point.name) or (found[point.name].value if point.name in found else None)
+        if known is not None:
+            raise SpecError.of("pass_name_clash", f"pass {point.name!r} is offered by both {known} and {point.value}")
+        found[point.name] = point
+    return found

@@ -1,0 +1,129 @@
+"""Prunable units: heads, KV groups, neurons and hidden dimensions, with every weight slice that goes with each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.views.atoms import Atom, Axis, Indices, coordinates, find, leaves
+from graphopt.views.labels import Linear
+from graphopt.views.model import Block, Views
+
+FAMILIES = ("query", "kv_group", "neuron", "hidden")
+
+
+@dataclass(frozen=True, eq=False)
+class Occurrence:
+    """One axis of one weight that units run through: `unit[i]` is the unit of index i, -1 for none."""
+
+    weight: str
+    axis: int
+    unit: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A product that contracts over the units: `unit[j]` is the unit of its input feature j."""
+
+    linear: Linear
+    unit: Indices
+
+    @property
+    def x(self) -> str:
+        """Name of the node that holds its input `[..., features]`."""
+        return self.linear.x.name
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """The units of one view along one dimension.
+
+    `rows` x `per_row` units: query heads come in rows, one a KV group, of which equally many stay; everything else has
+    one row. `parameters` is what one unit costs; `kv_width` how many cached features (keys and values) it holds a token.
+    """
+
+    view: str
+    family: str
+    layer: int
+    leaf: Atom
+    by: Atom | None
+    rows: int
+    per_row: int
+    occurrences: tuple[Occurrence, ...]
+    consumers: tuple[Consumer, ...]
+    parameters: int
+    kv_width: int
+    locked: tuple[str, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.rows * self.per_row
+
+
+def unit_groups(views: Views, family: str) -> tuple[UnitGroup, ...]:
+    """All groups of one family (`query`, `kv_group`, `neuron`, `hidden`), in layer order."""
+    found = []
+    for block in views.blocks:
+        if family in ("query", "kv_group"):
+            for attention in block.attentions:
+                leaf, by = attention.kv_group, None
+                if family == "query" and attention.heads != attention.kv_heads:
+                    leaf, by = attention.query_group, attention.kv_group
+                if leaf is not None:
+                    found.append(_group(views, attention.path, family, block, leaf, by))
+        elif family == "neuron":
+            for feed_forward in block.feed_forwards:
+                found.append(_group(views, feed_forward.path, family, block, feed_forward.neuron, None))
+    if family == "hidden" and views.blocks:
+        for leaf in dict.fromkeys(leaves(views.hidden)):
+            found.append(_group(views, "residual", family, None, leaf, None))
+    return tuple(found)
+
+
+def _group(views: Views, path: str, family: str, block: Block | None, leaf: Atom, by: Atom | None) -> UnitGroup:
+    leaf = find(leaf)
+    by = find(by) if by is not None else None
+    rows = by.size if by is not None else 1
+
+    def unit_of(axis: Axis) -> Indices:
+        inner = coordinates(axis, leaf)
+        if by is None:
+            return inner
+        outer = coordinates(axis, by)
+        return np.where((inner >= 0) & (outer >= 0), outer * leaf.size + inner, -1)
+
+    occurrences, parameters = [], 0
+    for name, axes in views.labels.weight_axes.items():
+        numel = 1
+        for size in views.program.weights[name].expr.shape:
+            numel *= size
+        for position, axis in enumerate(axes):
+            if leaf in leaves(axis):
+                unit = unit_of(axis)
+                occurrences.append(Occurrence(name, position, unit))
+                if views.program.weights[name].kind == "parameter":
+                    parameters += numel * int((unit >= 0).sum()) // len(unit) // (rows * leaf.size)
+    consumers = tuple(
+        Consumer(linear, unit_of(views.labels.weight_axes[linear.weight][linear.in_axis]))
+        for linear in views.consumers(leaf)
+    )
+    kv_width = 0
+    for attention in views.attentions:
+        if attention.kv_group is not None and find(attention.kv_group) is leaf:
+            kv_width += attention.head_dim + attention.value_dim
+    return UnitGroup(
+        view=path,
+        family=family,
+        layer=block.index if block is not None else -1,
+        leaf=leaf,
+        by=by,
+        rows=rows,
+        per_row=leaf.size,
+        occurrences=tuple(occurrences),
+        consumers=consumers,
+        parameters=parameters,
+        kv_width=kv_width,
+        locked=tuple(views.labels.locks.get(leaf, ())),
+    )
