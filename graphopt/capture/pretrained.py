@@ -20,6 +20,7 @@ from graphopt.capture.checkpoint import CheckpointSource
 from graphopt.capture.export import DEFAULT_DIMS, capture_module
 from graphopt.diagnostics import ArtifactError, CaptureError
 from graphopt.ir.program import Dim, Input, Origin, Program
+from graphopt.ir.weights import MemorySource
 
 _PROBE_ROW = 1 << 17
 
@@ -56,6 +57,35 @@ def capture_config(
     raw = config.to_dict()
     dtype = dtype or config.dtype or torch.bfloat16
     return _capture(config, raw, dtype, None, Origin(config.model_type, raw), dims)
+
+
+def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Program:
+    """Capture a transformers model that is in memory; the model itself is neither changed nor copied.
+
+    Raises CaptureError for a module that is no transformers model: such a module needs `inputs`.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
+        raise CaptureError.of(
+            "inputs_unknown",
+            f"{type(model).__name__} is no transformers model, so its inputs are not known",
+            help=("pass inputs=(Input(name, shape, dtype), ...)",),
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    clone = type(config).from_dict(config.to_dict())
+    clone.architectures = [type(model).__name__]
+    empty, _ = build_on_meta(clone, dtype)
+    tensors = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    origin = Origin(type(model).__name__, config.to_dict(), type(model).__name__, None)
+    return capture_module(
+        empty,
+        model_inputs(empty),
+        dims=dims,
+        source=MemorySource({**tensors, **buffers}),
+        constants=buffers,
+        origin=origin,
+    )
 
 
 def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,10 +103,6 @@ class Program:
         """The nodes that are returned, in the order of `entry.outputs`."""
         output = next(iter(reversed(self.graph.graph.nodes)))
         return tuple(output.args[0])  # type: ignore[arg-type]
-
-    def with_trail(self, applied: Applied) -> Program:
-        """The program with one more step on its trail."""
-        return replace(self, trail=(*self.trail, applied))
 
     def module(
         self, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"

@@ -58,6 +58,10 @@ class Pass(BaseModel):
     drops: ClassVar[frozenset[Fact]] = frozenset()
     idempotent: ClassVar[bool] = False
 
+    def needs_calibration(self) -> bool:
+        """Whether `observe` will ask for statistics; known from the options alone."""
+        return False
+
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """The statistics that `plan` needs from calibration; none by default."""
         return ()

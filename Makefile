@@ -1,0 +1,42 @@
+# make demo   transform the shipped model and show what it cost      make test   run all tests
+# Both do their own set-up, in .venv (or VENV=...). PYTHON picks the interpreter: 3.11, 3.12 or 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+FUZZ_MINUTES ?= 10
+
+.PHONY: demo test lint docs fuzz setup clean
+
+setup: $(VENV)/.ready
+
+# torch goes first: on machines with a CPU-only wheel nothing after it then pulls the CUDA one.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,examples,triton]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python docs/make_pages.py
+
+tables: setup
+	$(BIN)/python benchmarks/quality_tables.py
+
+fuzz: setup
+	FUZZ_MINUTES=$(FUZZ_MINUTES) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m fuzz
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

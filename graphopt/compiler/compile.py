@@ -1,0 +1,276 @@
+"""compile: a model and a spec in, a transformed Program out. Read this file first; data flows from top to bottom.
+
+    spec.yaml -> load_spec -> resolve (facts and order; no model yet)
+    model     -> capture   -> Program
+    per step:  views -> observe? -> plan -> edits and declines -> apply -> verify -> cost -> trail
+    checks, then save
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from graphopt.artifact import load, save
+from graphopt.compiler.resolve import Resolved, resolve
+from graphopt.compiler.text import batches, evaluate
+from graphopt.compiler.verify import verify as verify_step
+from graphopt.cost import cost
+from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, PlanError
+from graphopt.ir.program import Applied, Input, Program
+from graphopt.observe import Statistics
+from graphopt.observe.run import observe
+from graphopt.passkit import Context, Pass, PassRegistry
+from graphopt.passkit.edits import Plan, apply_edits
+from graphopt.spec import LoadedSpec, ScalarError, StepSpec, load_spec, select_paths
+from graphopt.views import Views
+
+REPORT_AT = {"B": 1, "S": 512}
+
+
+class Progress(Protocol):
+    """What a caller shows while it waits."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A stage begins, with so many units of work."""
+
+    def advance(self, n: int = 1) -> None:
+        """Units of work are done."""
+
+    def done(self) -> None:
+        """The stage ends."""
+
+
+class _Silent:
+    def stage(self, name: str, total: int | None) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step after its plan: what it was, what it decided, and the programs around it."""
+
+    spec: StepSpec
+    config: Pass
+    plan: Plan
+    before: Program
+    after: Program
+    seconds: float
+
+
+def compile(
+    model: Any,
+    spec: str | Path | LoadedSpec,
+    *,
+    overrides: tuple[str, ...] | list[str] = (),
+    out: str | Path | None = None,
+    verify: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Program:
+    """Transform `model` (a checkpoint directory, a module or a Program) as `spec` says; save to `out` when given.
+
+    Raises SpecError, PlanError, VerifyError or CheckError with the place in the spec; nothing is written then.
+    """
+    progress = progress or _Silent()
+    resolved = resolve(_loaded(spec, overrides))
+    spec_values = resolved.loaded.spec
+    progress.stage("capture", None)
+    program = capture(model if model is not None else _model_of(resolved.loaded))
+    progress.done()
+    level = verify or spec_values.verify.level
+    quality = _measure(program, resolved, progress)
+    original, first, trail = program, quality, list(program.trail)
+    for step in _steps(program, resolved, progress):
+        progress.stage(f"verify {step.spec.id}", None)
+        certificate = verify_step(
+            step.before, step.after, step.plan, step.config.effect, level, step.spec.place, step.spec.id
+        )
+        progress.done()
+        before = _figures(step.before, quality)
+        quality = _measure(step.after, resolved, progress)
+        program = step.after
+        trail.append(
+            Applied(
+                step=step.spec.id,
+                options=step.config.to_yaml(),
+                effect=str(step.config.effect),
+                edits=tuple(edit.to_json() for edit in step.plan.edits),
+                declines=tuple(decline.to_json() for decline in step.plan.declines),
+                certificate={**certificate, **({"notes": dict(step.plan.notes)} if step.plan.notes else {})},
+                before=before,
+                after=_figures(step.after, quality),
+                place=str(step.spec.place),
+                seconds=round(step.seconds, 3),
+            )
+        )
+    program = replace(program, trail=tuple(trail))
+    _check(resolved, original, program, first, quality)
+    if out is not None:
+        progress.stage("save", None)
+        saving = spec_values.save
+        dtype = getattr(torch, saving.dtype) if saving.dtype else None
+        extra = {} if saving.shard_size is None else {"shard_size": int(saving.shard_size)}
+        save(program, out, format=saving.format, dtype=dtype, overwrite=overwrite, lock=resolved.loaded, **extra)
+        progress.done()
+    return program
+
+
+def plan_steps(model: Any, loaded: LoadedSpec, progress: Progress | None = None) -> list[tuple[StepSpec, Plan]]:
+    """Plan every step, each on the result of the ones before; writes nothing and verifies nothing."""
+    resolved = resolve(loaded)
+    program = capture(model if model is not None else _model_of(loaded))
+    return [(step.spec, step.plan) for step in _steps(program, resolved, progress or _Silent())]
+
+
+def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: Any) -> Program:
+    """A Program of a checkpoint directory (stock or graphopt), a transformers model, any module (with `inputs`), or a Program.
+
+    Raises ArtifactError when files are wrong, CaptureError when the model cannot be captured.
+    """
+    from graphopt.capture import capture_model, capture_module
+
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, torch.nn.Module):
+        return capture_module(model, inputs, **options) if inputs is not None else capture_model(model, **options)
+    return load(model, **options)
+
+
+def _steps(program: Program, resolved: Resolved, progress: Progress) -> Iterator[Step]:
+    """Plan and apply one step after another."""
+    for spec, config in resolved.steps:
+        started = time.perf_counter()
+        try:
+            views = Views(program)
+            context = _context(views, spec, resolved)
+            taps = config.observe(context)
+            if taps:
+                statistics = _observe(program, taps, resolved, spec, progress)
+                context = Context(
+                    context.views, context.layers, statistics, context.seed, context.paths, context.facts
+                )
+            plan = config.plan(context)
+            if not plan.edits and not spec.optional:
+                raise PlanError.of(
+                    "nothing_to_do",
+                    f"{spec.use} found nothing to change",
+                    notes=tuple(f"{decline.candidate}: {decline.reason}" for decline in plan.declines[:8]),
+                    help=("change the options, or say `optional: true`",),
+                )
+            after = apply_edits(program, views, plan.edits, spec.id) if plan.edits else program
+        except ScalarError as error:
+            raise error.at(spec.place) from error
+        except GraphoptError as error:
+            raise _placed(error, spec.place) from error
+        yield Step(spec, config, plan, program, after, time.perf_counter() - started)
+        program = after
+
+
+def _context(views: Views, step: StepSpec, resolved: Resolved) -> Context:
+    total = len(views.blocks)
+    layers: tuple[int, ...] = tuple(range(total))
+    paths: tuple[str, ...] = ()
+    if step.where is not None:
+        try:
+            layers = step.where.layers.resolve(total)
+        except ScalarError as error:
+            raise error.at(step.place_of("where", "layers")) from error
+        if step.where.paths:
+            known = [block.path for block in views.blocks]
+            known += [a.path for a in views.attentions] + [f.path for f in views.feed_forwards]
+            try:
+                paths = select_paths(step.where.paths, known)
+            except ScalarError as error:
+                raise error.at(step.place_of("where", "paths")) from error
+    return Context(views, layers, seed=resolved.loaded.spec.seed or 0, paths=paths)
+
+
+def _observe(
+    program: Program, taps: Any, resolved: Resolved, step: StepSpec, progress: Progress
+) -> Statistics:
+    text = resolved.loaded.spec.calibration
+    if text is None:
+        raise PlanError.of("no_calibration", f"{step.use} watches the model run, but the spec has no calibration text")
+    made = batches(program, text.data, text.samples, text.seq, text.batch, text.seed)
+    progress.stage(f"observe for {step.id}", None)
+    found = observe(program, taps, made)
+    progress.done()
+    return found
+
+
+def _measure(program: Program, resolved: Resolved, progress: Progress) -> dict[str, Any]:
+    text = resolved.loaded.spec.evaluation
+    if text is None:
+        return {}
+    progress.stage("evaluate", None)
+    found = evaluate(program, text.data, text.samples, text.seq)
+    progress.done()
+    return {"perplexity": found["perplexity"], "nats_per_token": found["nats_per_token"], "tokens": found["tokens"]}
+
+
+def _figures(program: Program, quality: dict[str, Any]) -> dict[str, Any]:
+    return {**cost(program).at(**REPORT_AT), "at": dict(REPORT_AT), **quality}
+
+
+def _check(
+    resolved: Resolved, original: Program, result: Program, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Raise CheckError with every bound that the result misses."""
+    checks = resolved.loaded.spec.checks
+    old, new = _figures(original, before), _figures(result, after)
+    missed: list[Diagnostic] = []
+
+    def miss(place: Place, what: str, value: float, bound: float) -> None:
+        missed.append(Diagnostic("check_missed", f"{what} is {value:,.6g}, but must be at most {bound:,.6g}", place))
+
+    for name in ("parameters", "flops", "kv_bytes", "bytes"):
+        limit = getattr(checks, name)
+        if limit is not None and new[name] > limit.bound(old[name]):
+            miss(resolved.loaded.place_of("checks", name), name, new[name], float(limit.bound(old[name])))
+    quality = checks.perplexity
+    if quality is not None:
+        place = resolved.loaded.place_of("checks", "perplexity")
+        if quality.increase is not None:
+            bound = old["perplexity"] * (1 + float(quality.increase.limit))
+            if new["perplexity"] > bound:
+                miss(place, "perplexity", new["perplexity"], bound)
+        if quality.value is not None and new["perplexity"] > float(quality.value.limit):
+            miss(place, "perplexity", new["perplexity"], float(quality.value.limit))
+    if missed:
+        raise CheckError(missed[0], *missed[1:])
+
+
+def _placed(error: GraphoptError, place: Place) -> GraphoptError:
+    """The same error at the step's place, where it has none of its own."""
+    diagnostics = [d if d.place is not None else d.at(place) for d in error.diagnostics]
+    return type(error)(diagnostics[0], *diagnostics[1:])
+
+
+def _loaded(spec: str | Path | LoadedSpec, overrides: tuple[str, ...] | list[str]) -> LoadedSpec:
+    if isinstance(spec, LoadedSpec):
+        return spec
+    return load_spec(spec, list(overrides), registry=PassRegistry())
+
+
+def _model_of(loaded: LoadedSpec) -> str:
+    model = loaded.spec.model
+    if model is None:
+        raise PlanError.of(
+            "no_model",
+            "neither the spec nor the caller names a model",
+            loaded.place_of(),
+            help=("add model: PATH to the spec, or pass --model PATH",),
+        )
+    return model

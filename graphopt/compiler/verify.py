@@ -1,0 +1,128 @@
+"""Verification on the spot: a pass is held to the effect that it states.
+
+Everything is compared in float64, where the only difference between surgery and emulation is the order of sums, so that
+the tolerance can be a small multiple of float64's own rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.diagnostics import Diagnostic, Place, VerifyError
+from graphopt.ir.program import Program
+from graphopt.passkit.edits import Plan, emulate_edits
+from graphopt.passkit.facts import Effect
+from graphopt.views import Views
+
+SHAPES = ({"B": 1, "S": 1}, {"B": 2, "S": 7}, {"B": 3, "S": 33})
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Relative error allowed between two orders of the same sums of `terms` products: 16 eps sqrt(terms)."""
+    return 16 * torch.finfo(dtype).eps * float(terms) ** 0.5
+
+
+def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
+    """Inputs at given sizes: random tokens below the embedding's rows, padding with one padded row, positions from it."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = 2
+    for node in program.graph.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            vocabulary = int(node.args[0].meta["val"].shape[0])
+            break
+    made: dict[str, torch.Tensor] = {}
+    for spec in program.entry.inputs:
+        shape = [sizes.get(size, 2) if isinstance(size, str) else size for size in spec.shape]
+        if spec.role == "tokens":
+            made[spec.name] = torch.randint(0, vocabulary, shape, generator=generator)
+        elif spec.role == "padding":
+            mask = torch.ones(shape, dtype=spec.dtype)
+            if shape[0] > 1 and shape[1] > 2:
+                mask[-1, : shape[1] // 3] = 0
+            made[spec.name] = mask
+        elif spec.role != "positions":
+            made[spec.name] = (
+                torch.randn(shape, generator=generator, dtype=torch.float64)
+                if spec.dtype.is_floating_point
+                else torch.zeros(shape, dtype=spec.dtype)
+            )
+    mask_name = next((spec.name for spec in program.entry.inputs if spec.role == "padding"), None)
+    for spec in program.entry.inputs:
+        if spec.role == "positions":
+            shape = [sizes.get(size, 2) if isinstance(size, str) else size for size in spec.shape]
+            base = made[mask_name] if mask_name else torch.ones(shape, dtype=torch.int64)
+            made[spec.name] = (base.cumsum(-1) - 1).clamp(min=0)
+    return made
+
+
+def verify(
+    before: Program, after: Program, plan: Plan, effect: Effect, level: str, where: Place | None, step: str
+) -> dict[str, Any]:
+    """The certificate of a step; raises VerifyError, with the step's place, when the promise does not hold.
+
+    `full` compares results in float64 at three shapes that were not captured; `shapes` relies on shape propagation and
+    graph checks, which every rewrite runs anyway; `off` says so.
+    """
+    if level == "off":
+        return {"level": "off"}
+    if level == "shapes" or before.weights.source is None:
+        return {"level": "shapes", "checked": "shapes propagated, graph linted"}
+    views = Views(before)
+    reference = before if effect == Effect.EXACT else emulate_edits(before, views, plan.edits)
+    compared = "original" if effect == Effect.EXACT else "emulation"
+    ours, theirs = after.module(torch.float64), reference.module(torch.float64)
+    terms = max(max(weight.expr.shape, default=1) for weight in before.weights.weights.values())
+    depth = max(1, len(views.blocks))
+    allowed = tolerance(torch.float64, terms * depth)
+    errors = []
+    for seed, sizes in enumerate(SHAPES):
+        inputs = random_inputs(before, sizes, seed)
+        with torch.no_grad():
+            for name, got, expected in zip(before.entry.outputs, ours(**inputs), theirs(**inputs), strict=True):
+                errors.append(_compare(name, got, expected, inputs, before, allowed, sizes, where, step, compared))
+    return {
+        "level": "full",
+        "effect": str(effect),
+        "reference": compared,
+        "dtype": "float64",
+        "shapes": [dict(sizes) for sizes in SHAPES],
+        "largest_relative_error": max(errors),
+        "tolerance": allowed,
+    }
+
+
+def _compare(
+    name: str,
+    got: torch.Tensor,
+    expected: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    program: Program,
+    allowed: float,
+    sizes: dict[str, int],
+    where: Place | None,
+    step: str,
+    compared: str,
+) -> float:
+    if got.shape != expected.shape:
+        raise VerifyError(
+            Diagnostic("wrong_shape", f"{step} turned {name} {list(expected.shape)} into {list(got.shape)}", where)
+        )
+    padding = next((inputs[s.name] for s in program.entry.inputs if s.role == "padding"), None)
+    if padding is not None and got.dim() >= 2 and got.shape[:2] == padding.shape:
+        # Rows of padding attend to nothing: their values mean nothing and are not compared.
+        got, expected = got[padding.bool()], expected[padding.bool()]
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((got - expected).abs().max()) / max(scale, torch.finfo(torch.float64).tiny) if got.numel() else 0.0
+    if not error <= allowed:
+        raise VerifyError(
+            Diagnostic(
+                "promise_broken",
+                f"{step} does not keep its promise: {name} differs from the {compared} by {error:.3g} (relative)",
+                where,
+                (f"at {', '.join(f'{k}={v}' for k, v in sizes.items())}, float64, allowed {allowed:.3g}",),
+                ("this is a bug of the pass; please report it with the spec and the model's config",),
+            )
+        )
+    return error
