@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphopt.passkit import Pass
     from graphopt.spec import load_spec
 
+from graphopt.artifact.hook import install as _install_auto_classes
+
 __version__ = "0.1.0"
 __all__ = ["Pass", "Program", "capture", "compile", "load", "load_spec", "save"]
 
@@ -27,6 +29,9 @@ _HOMES = {
     "load_spec": "graphopt.spec",
     "save": "graphopt.artifact",
 }
+
+# Checkpoints in our own format load through transformers' auto classes from here on; imports neither of the two now.
+_install_auto_classes()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from graphopt.artifact.native_names import TRAIL_FILE
 from graphopt.diagnostics import ArtifactError
 
-TRAIL_FILE = "trail.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -59,7 +59,7 @@ class _Matcher:
     def __init__(self, program: Program, stock: Program) -> None:
         self.ours, self.theirs = program, stock
         self.result = Match()
-        self.symbols = {**_symbols(program), **{}}, _symbols(stock)
+        self.symbols = (_symbols(program), _symbols(stock))
         self.seen: set[tuple[fx.Node, fx.Node]] = set()
         self.stack: list[tuple[fx.Node, fx.Node]] = []
 
@@ -161,7 +161,7 @@ class _Matcher:
         shape_b = [self.size(s, 1) for s in b.meta["val"].shape]
         if shape_a != shape_b:
             self.differ("number", f"{_where(a)}: a view is {shape_a}, stock {shape_b}", "shape", shape_a, shape_b)
-        self.stack.append((a.args[0], b.args[0]))  # type: ignore[arg-type]
+        self.stack.append((a.args[0], b.args[0]))
 
     def size(self, size: Any, side: int) -> str:
         names = self.symbols[side]

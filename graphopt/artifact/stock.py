@@ -1,7 +1,7 @@
 """Finding the stock transformers config that says what a program is, and proving it by the graph.
 
-There is no table per architecture: a config is proposed from sizes that the program's graph shows, its model is captured
-as any model is, and the two graphs are matched. What differs proposes the next config; nothing differing is the proof.
+There is no table per architecture: a config is proposed from sizes that the program's graph shows, its model is
+captured as any model is, and the two graphs are matched. What differs proposes the next config; no difference is proof.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _first_guess(search: _Search) -> Values:
     attentions = _attentions(program)
     values: Values = {}
     if attentions:
-        heads = [(a.args[0].meta["val"].shape, a.args[1].meta["val"].shape) for a in attentions]  # type: ignore[union-attr]
+        heads = [(a.args[0].meta["val"].shape, a.args[1].meta["val"].shape) for a in attentions]
         for what, sizes in (
             ("query heads", [int(q[1]) for q, _ in heads]),
             ("KV heads", [int(k[1]) for _, k in heads]),
@@ -215,7 +215,7 @@ def _reads(attention: fx.Node) -> set[str]:
         found = {n.meta["weight"] for n in frontier if "weight" in n.meta}
         names |= found
         frontier = [i for n in frontier if n.target is not torch.ops.aten.linear.default for i in n.all_input_nodes] + [
-            n.args[1] for n in frontier if n.target is torch.ops.aten.linear.default  # type: ignore[misc]
+            n.args[1] for n in frontier if n.target is torch.ops.aten.linear.default
         ]
     return names
 

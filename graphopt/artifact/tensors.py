@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Size on disk."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_sharded(directory: Path, stem: str, entries: Mapping[str, Entry], shard_size: int) -> None:

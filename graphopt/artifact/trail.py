@@ -33,7 +33,9 @@ def trail_from_json(text: str, file: str = "trail.json") -> tuple[Applied, ...]:
         if data["graphopt_trail"] != VERSION:
             raise ValueError(f"version {data['graphopt_trail']!r}, this graphopt reads {VERSION}")
         names = {each.name for each in fields(Applied)}
-        steps = [{key: tuple(v) if isinstance(v, list) else v for key, v in step.items()} for step in data["steps"]]
+        steps: list[dict[str, Any]] = [
+            {key: tuple(v) if isinstance(v, list) else v for key, v in step.items()} for step in data["steps"]
+        ]
         unknown = {key for step in steps for key in step} - names
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}")

@@ -1,0 +1,199 @@
+"""The model class of graphopt checkpoints: a stateless graph under transformers' own loading and generate()."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import cached_file
+
+from graphopt.artifact.config import GraphoptConfig
+from graphopt.artifact.native import parse_graph, recast, write_graph_files
+from graphopt.artifact.native_names import CONSTANTS_FILE, GRAPH_FILE, TRAIL_FILE
+from graphopt.artifact.trail import trail_from_json, trail_to_json
+from graphopt.diagnostics import ArtifactError
+from graphopt.ir.program import Program
+from graphopt.ir.run import bind_inputs, specialised
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_ROLES = {"tokens": "input_ids", "padding": "attention_mask", "positions": "position_ids"}
+
+
+class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A language model whose forward runs graph.txt; parameters have their checkpoint names, ties are one parameter.
+
+    There is no KV cache: generate() runs the whole sequence again for every token.
+    """
+
+    config_class = GraphoptConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: GraphoptConfig, program: Program | None = None) -> None:
+        super().__init__(config)
+        if program is None:
+            raise ArtifactError.of(
+                "no_graph",
+                "a graphopt model is built from the graph in its checkpoint, and a config alone has none",
+                help=("use from_pretrained on the checkpoint directory",),
+            )
+        self._program = program
+        self._graphs: dict[tuple[torch.dtype, torch.device], Any] = {}
+        self._constants: dict[tuple[str, torch.device], torch.Tensor] = {}
+        for name, weight in program.weights.weights.items():
+            if weight.kind != "constant":
+                _register(self, name, weight.expr.shape, _wanted(weight.expr.dtype, program, config), weight.kind)
+        self.generation_config.use_cache = False
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a graphopt checkpoint; takes what transformers' from_pretrained takes.
+
+        Raises ArtifactError when the graph is missing or not acceptable, or tensors that it reads are missing.
+        """
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        config = config if config is not None else GraphoptConfig.from_pretrained(path, **hub)
+        with torch.device("cpu"):
+            program = _fetch_program(path, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            path, *args, config=config, program=program, output_loading_info=True, **kwargs
+        )
+        lost = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
+        if lost:
+            raise ArtifactError.of("missing_tensors", f"{path} lacks {len(lost)} tensors, the first {lost[0]!r}")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write the checkpoint with its graph; round-trips through from_pretrained."""
+        super().save_pretrained(save_directory, **kwargs)
+        program = self._program if self.dtype == self._program.dtype else recast(self._program, self.dtype)
+        write_graph_files(program, Path(save_directory))
+        (Path(save_directory) / TRAIL_FILE).write_text(trail_to_json(program.trail))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits `[B, S, V]` from tokens `[B, S]`; with `labels` `[B, S]` the shifted cross entropy (-100 is ignored).
+
+        Raises TypeError when an input that the graph needs is missing, ValueError for what the graph cannot give.
+        """
+        for name in ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise ValueError(f"{name} is not possible: the graph maps whole sequences of tokens to logits")
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        results = self._run(named | {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)})
+        logits = results["logits"] if "logits" in results else next(iter(results.values()))
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].reshape(-1).to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The whole sequence at every step, with positions that do not count padding."""
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every tensor comes from the checkpoint, and loading refuses when one is missing."""
+
+    def _run(self, named: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        program, device = self._program, self.device
+        given: dict[str, torch.Tensor] = {}
+        for spec in program.entry.inputs:
+            value = named.get(_ROLES.get(spec.role, spec.name))
+            if value is not None:
+                given[spec.name] = value.to(spec.dtype)
+        mask = named["attention_mask"]
+        if mask is not None and not any(spec.role == "padding" for spec in program.entry.inputs) and not mask.all():
+            raise ValueError("this model's graph takes no attention mask, so padding cannot be hidden from it")
+        inputs = bind_inputs(program, given, device)
+        values = [self._value(node.meta["weight"], device) for node in program.weight_nodes.values()]
+        results = self._graph(device)(*values, *inputs)
+        return dict(zip(program.entry.outputs, results, strict=True))
+
+    def _graph(self, device: torch.device) -> Any:
+        key = (self.dtype, device)
+        if key not in self._graphs:
+            self._graphs[key] = specialised(self._program, self.dtype, device)
+        return self._graphs[key]
+
+    def _value(self, name: str, device: torch.device) -> torch.Tensor:
+        if self._program.weights[name].kind != "constant":
+            value: torch.Tensor = _find(self, name)
+            return value
+        key = (name, device)
+        if key not in self._constants:
+            self._constants[key] = self._program.weights.evaluate(name, device=device)
+        return self._constants[key]
+
+
+def _wanted(dtype: torch.dtype, program: Program, config: GraphoptConfig) -> torch.dtype:
+    """A weight's dtype when the model is loaded in `config.dtype`: what had the program's dtype follows it."""
+    target = config.dtype
+    return target if isinstance(target, torch.dtype) and dtype == program.dtype else dtype
+
+
+def _register(root: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    *path, last = name.split(".")
+    module = root
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    value = torch.empty(shape, dtype=dtype)
+    if kind == "buffer":
+        module.register_buffer(last, value)
+    else:
+        module.register_parameter(last, nn.Parameter(value, requires_grad=dtype.is_floating_point))
+
+
+def _find(root: nn.Module, name: str) -> Any:
+    module: Any = root
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _fetch_program(path: Any, hub: dict[str, Any]) -> Program:
+    graph = cached_file(path, GRAPH_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if graph is None:
+        raise ArtifactError.of("no_graph", f"{path} holds no {GRAPH_FILE}, so it is no graphopt checkpoint")
+    optional = {
+        name: cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in (CONSTANTS_FILE, TRAIL_FILE)
+    }
+    program = parse_graph(Path(graph), None)
+    trail = optional[TRAIL_FILE]
+    return program if trail is None else replace(program, trail=trail_from_json(Path(trail).read_text(), trail))
+
+
+def register_models() -> None:
+    """Make AutoModel and AutoModelForCausalLM return GraphoptForCausalLM for graphopt checkpoints."""
+    AutoModel.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
+    AutoModelForCausalLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
+
