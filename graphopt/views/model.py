@@ -427,7 +427,7 @@ def _elementwise_sources(labels: Labels, node: fx.Node) -> tuple[list[fx.Node], 
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
-        if current in seen or current.op != "call_function":
+        if current in seen or current.op != "call_function" or isinstance(current.meta["val"], int | torch.SymInt):
             continue
         seen.add(current)
         if current in labels.linears:
