@@ -1,0 +1,182 @@
+"""Accumulators: statistics that merge exactly, so that they do not depend on how the text was batched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.diagnostics import PlanError
+from graphopt.observe.taps import Cosine, Gram, Moments, Statistic, Tap, Taylor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which positions of a batch count: `mask` `[B, S]` is true at real tokens; `whole` when all are."""
+
+    mask: torch.Tensor
+    whole: bool
+
+    def features(self, value: torch.Tensor, tap: Tap) -> tuple[torch.Tensor, torch.Tensor]:
+        """The counted tokens of a value as `[n, d]`, and the sample `[n]` of each.
+
+        Raises PlanError when the value's axes do not say which positions are padding.
+        """
+        batch, length = self.mask.shape
+        if tap.layout == "heads":
+            if value.dim() != 4:
+                raise _misfit(tap, value, "[batch, heads, tokens, head size]")
+            value = value.transpose(1, 2).flatten(2)
+        elif value.dim() < 2:
+            raise _misfit(tap, value, "[..., features]")
+        rows = value.reshape(-1, value.shape[-1])
+        if tuple(value.shape[:2]) == (batch, length) or value.shape[0] == batch * length:
+            each = rows.shape[0] // (batch * length)
+            mask = self.mask.reshape(-1).repeat_interleave(each)
+        elif self.whole and value.shape[0] == batch:
+            each = rows.shape[0] // batch
+            mask = self.mask.new_ones(rows.shape[0])
+            return rows, torch.arange(batch, device=rows.device).repeat_interleave(each)
+        else:
+            raise _misfit(tap, value, f"[{batch}, {length}, ...] or [{batch * length}, ...]")
+        sample = torch.arange(batch, device=rows.device).repeat_interleave(length * each)
+        return (rows, sample) if self.whole else (rows[mask], sample[mask])
+
+
+def _misfit(tap: Tap, value: torch.Tensor, wanted: str) -> PlanError:
+    return PlanError.of(
+        "tap_shape", f"a tap on %{tap.node} expects {wanted}, but the node gives {list(value.shape)}",
+        help=("tap a node that has one row of features for each token",),
+    )
+
+
+class Accumulator:
+    """Takes values batch by batch and returns one statistic."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Take one batch's value of the tapped node (and of the node it is compared with)."""
+        raise NotImplementedError
+
+    def result(self) -> Statistic:
+        """The statistic of all batches."""
+        raise NotImplementedError
+
+
+class MomentsAccumulator(Accumulator):
+    """Mean and variance by the parallel update of Chan, Golub and LeVeque (1979); plain sums for the others."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self.scatter = torch.zeros((), dtype=torch.float64)
+        self.absolute = torch.zeros((), dtype=torch.float64)
+        self.square = torch.zeros((), dtype=torch.float64)
+        self.samples = torch.zeros((), dtype=torch.float64)
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Merge one batch."""
+        rows, sample = tokens.features(value, self.tap)
+        x = rows.to(torch.float64)
+        n = x.shape[0]
+        if n == 0:
+            return
+        mean = x.mean(0)
+        scatter = (x - mean).square().sum(0)
+        total = self.count + n
+        gap = mean - self.mean
+        self.scatter = self.scatter + scatter + gap.square() * (self.count * n / total)
+        self.mean = self.mean + gap * (n / total)
+        self.count = total
+        magnitude = x.abs()
+        self.absolute = self.absolute + magnitude.sum(0)
+        self.square = self.square + x.square().sum(0)
+        sums, counts = _by_sample(magnitude, sample, tokens.mask.shape[0])
+        self.samples = self.samples + (sums / counts.clamp_min(1)[:, None]).square().sum(0)
+
+    def result(self) -> Moments:
+        """The moments; the variance is that of the population."""
+        n = max(self.count, 1)
+        return Moments(
+            self.count, self.mean, self.scatter / n, self.absolute / n, self.square / n, self.samples.sqrt()
+        )
+
+
+class GramAccumulator(Accumulator):
+    """Sum of x x^T."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.gram = torch.zeros((), dtype=torch.float64)
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Merge one batch."""
+        x = tokens.features(value, self.tap)[0].to(torch.float64)
+        self.count += x.shape[0]
+        self.total = self.total + x.sum(0)
+        self.gram = self.gram + x.T @ x
+
+    def result(self) -> Gram:
+        """The Gram matrix and the mean."""
+        return Gram(self.count, self.total / max(self.count, 1), self.gram)
+
+
+class CosineAccumulator(Accumulator):
+    """Sum over tokens of a cosine."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Merge one batch."""
+        if other is None or other.shape != value.shape:
+            raise PlanError.of("tap_shape", f"%{self.tap.node} and %{self.tap.other} have different shapes")
+        x = tokens.features(value, self.tap)[0].to(torch.float64)
+        y = tokens.features(other, self.tap)[0].to(torch.float64)
+        self.count += x.shape[0]
+        self.total = self.total + torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-30).sum()
+
+    def result(self) -> Cosine:
+        """The mean cosine."""
+        return Cosine(self.count, float(self.total) / max(self.count, 1))
+
+
+class TaylorAccumulator(Accumulator):
+    """First-order terms by sample; `other` is the gradient of the value."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.terms: list[torch.Tensor] = []
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Append one batch's samples."""
+        if other is None:
+            raise PlanError.of("tap_without_gradient", f"the loss does not depend on %{self.tap.node}")
+        rows, sample = tokens.features(value.to(torch.float64) * other.to(torch.float64), self.tap)
+        self.count += rows.shape[0]
+        self.terms.append(_by_sample(rows, sample, tokens.mask.shape[0])[0])
+
+    def result(self) -> Taylor:
+        """All samples in the order they came."""
+        return Taylor(self.count, torch.cat(self.terms))
+
+
+def _by_sample(rows: torch.Tensor, sample: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = rows.new_zeros(samples, rows.shape[1]).index_add_(0, sample, rows)
+    return sums, torch.bincount(sample, minlength=samples).to(rows.dtype)
+
+
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "moments": MomentsAccumulator,
+    "gram": GramAccumulator,
+    "cosine": CosineAccumulator,
+    "taylor": TaylorAccumulator,
+}
