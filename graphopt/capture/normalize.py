@@ -26,6 +26,7 @@ def normalize(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     drop_asserts(graph)
     drop_no_ops(graph)
+    drop_empty_pieces(graph)
     constant_devices(graph)
     raise_attention(graph)
     merge_masks(graph)
@@ -118,6 +119,28 @@ def drop_no_ops(graph: fx.Graph) -> None:
         if drop:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def drop_empty_pieces(graph: fx.Graph) -> None:
+    """Remove pieces of width 0 from concatenations (the unrotated rest of a fully rotated head) and cats of one."""
+    for node in list(graph.nodes):
+        if not is_op(node, aten.cat):
+            continue
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        pieces = [piece for piece in node.args[0] if not _is_empty(piece, dim)]
+        if len(pieces) == 1:
+            node.replace_all_uses_with(pieces[0])
+            graph.erase_node(node)
+        elif len(pieces) < len(node.args[0]):
+            node.args = (pieces, dim)
+    for node in reversed(list(graph.nodes)):
+        if is_op(node, aten.slice) and not node.users:
+            graph.erase_node(node)
+
+
+def _is_empty(piece: fx.Node, dim: int) -> bool:
+    size = piece.meta["val"].shape[dim]
+    return isinstance(size, int) and size == 0
 
 
 def constant_devices(graph: fx.Graph) -> None:

@@ -59,6 +59,23 @@ def capture_config(
     return _capture(config, raw, dtype, None, Origin(config.model_type, raw), dims)
 
 
+def _build(factory: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Build with our attention function; classes that keep their own attention table get sdpa, else eager.
+
+    Their attention is raised from the graph instead, so the choice changes how much is raised and never what runs.
+    """
+    if hasattr(config, "_experts_implementation"):
+        # Other implementations depend on the device that they are traced on (a histogram of integers on meta).
+        config._experts_implementation = "batched_mm"
+    refused: list[str] = []
+    for implementation in ("graphopt", "sdpa", "eager"):
+        try:
+            return factory(config, dtype=dtype, attn_implementation=implementation)
+        except (KeyError, ValueError, ImportError) as error:
+            refused.append(f"{implementation}: {error}")
+    raise CaptureError.of("not_buildable", f"{type(config).__name__} cannot be built", notes=tuple(refused))
+
+
 def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Program:
     """Capture a transformers model that is in memory; the model itself is neither changed nor copied.
 
@@ -99,7 +116,7 @@ def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dic
     # Gradient checkpointing and caches change the graph; capture is stateless by design.
     config.use_cache = False
     with _parameters_on_meta():
-        model = factory(config, dtype=dtype, attn_implementation="graphopt")
+        model = _build(factory, config, dtype)
     model.eval()
     buffers = {name: value.detach().clone() for name, value in model.named_buffers() if value.device.type != "meta"}
     model.to("meta")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, SymInt
@@ -60,5 +61,7 @@ def propagate(graph: fx.GraphModule, weights: WeightStore, dims: tuple[Dim, ...]
                 spec = inputs[node.meta["input"]]
                 shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
                 arguments.append(torch.empty(shape, dtype=spec.dtype))
-    _Propagate(graph, mode).propagate_dont_convert_inputs(*arguments)
+    # The Python dispatcher lets shape functions written in Python see symbolic sizes (baddbmm needs it).
+    with enable_python_dispatcher():
+        _Propagate(graph, mode).propagate_dont_convert_inputs(*arguments)
     return {name: size.node.expr for name, size in sizes.items()}
