@@ -9,22 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.artifact.load import load
-    from graphopt.artifact.save import SaveReport, save
+    from graphopt.artifact.loading import load
+    from graphopt.artifact.saving import SaveReport, save
 
 __all__ = ["SaveReport", "load", "save"]
 
 _HOMES = {
-    "SaveReport": "graphopt.artifact.save",
-    "load": "graphopt.artifact.load",
-    "save": "graphopt.artifact.save",
+    "SaveReport": "graphopt.artifact.saving",
+    "load": "graphopt.artifact.loading",
+    "save": "graphopt.artifact.saving",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # Importing a submodule binds its name here; the function of the same name has to win.
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'graphopt.artifact' has no attribute {name!r}")

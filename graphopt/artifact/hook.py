@@ -1,8 +1,8 @@
 """Making transformers know graphopt checkpoints without importing transformers.
 
 `import graphopt` calls `install`. If transformers' auto classes are loaded already, ours are registered at once;
-otherwise a finder on `sys.meta_path` waits for the few modules that registration needs, lets the ordinary finders import
-them unchanged, registers when all that are being imported are whole, and takes itself away.
+otherwise a finder on `sys.meta_path` waits for the few modules that registration needs, lets the ordinary finders
+import them unchanged, registers when all that are being imported are whole, and takes itself away.
 """
 
 from __future__ import annotations

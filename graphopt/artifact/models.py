@@ -164,7 +164,7 @@ def _register(root: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.d
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules[part]
     value = torch.empty(shape, dtype=dtype)
     if kind == "buffer":
         module.register_buffer(last, value)

@@ -33,7 +33,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Size on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 def write_sharded(directory: Path, stem: str, entries: Mapping[str, Entry], shard_size: int) -> None:
