@@ -1,0 +1,59 @@
+"""Captured programs equal the models they came from, at shapes that were not captured, padding included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import CONFIGS, make_model, tokens
+
+from graphopt.capture import capture_model
+from graphopt.views import Views
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
+    model = make_model(name)
+    program = capture_model(model)
+    runner = program.module(torch.float32)
+    for batch, seq in ((1, 1), (2, 5), (3, 40)):
+        ids = tokens(batch, seq)
+        padding = torch.ones_like(ids)
+        if batch > 1 and seq > 2:
+            padding[-1, : seq // 3] = 0
+        positions = (padding.cumsum(-1) - 1).clamp(min=0)
+        given = {"input_ids": ids, "attention_mask": padding, "position_ids": positions}
+        taken = {spec.name for spec in program.entry.inputs}
+        given = {key: value for key, value in given.items() if key in taken}
+        with torch.no_grad():
+            expected = model(**given, use_cache=False).logits
+        got = runner(**given)[0]
+        real = padding.bool()
+        torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_layer_is_seen(name: str) -> None:
+    views = Views(capture_model(make_model(name)))
+    assert len(views.blocks) == 3
+    assert all(len(block.attentions) == 1 and len(block.feed_forwards) == 1 for block in views.blocks)
+    config = CONFIGS[name][1]
+    kv_heads = config.get("num_key_value_heads", 4)
+    assert {(a.heads, a.kv_heads, a.head_dim) for a in views.attentions} == {(4, kv_heads, 8)}
+    assert not views.unseen
+
+
+def test_capture_leaves_the_model_alone() -> None:
+    model = make_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    capture_model(model)
+    assert model.config._attn_implementation == implementation
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ties_are_one_weight() -> None:
+    model = make_model("llama_mha")
+    program = capture_model(model)
+    assert program.weights.parameters == sum(p.numel() for p in model.parameters())
+    assert "model.embed_tokens.weight" in program.weights
+    assert program.weights["model.embed_tokens.weight"].aliases == ("lm_head.weight",)

@@ -1,0 +1,75 @@
+"""Tiny random models that tests share: configs by name, checkpoints on disk, programs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from graphopt.capture import capture_model
+from graphopt.ir.program import Program
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GATED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 56}
+_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GATED),
+    "llama_mha": ("LlamaConfig", {**_GATED, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama_mqa": ("LlamaConfig", {**_GATED, "num_key_value_heads": 1}),
+    "llama_bias": ("LlamaConfig", {**_GATED, "attention_bias": True, "mlp_bias": True}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 56}),
+    "gemma2": ("Gemma2Config", {**_GATED, "head_dim": 8, "sliding_window": 8}),
+    "qwen2": ("Qwen2Config", _GATED),
+    "qwen3": ("Qwen3Config", {**_GATED, "head_dim": 8}),
+    "phi": ("PhiConfig", {**_COMMON, "intermediate_size": 56}),
+    "phi3": ("Phi3Config", _GATED),
+    "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 56, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+    "mistral": ("MistralConfig", {**_GATED, "sliding_window": 8}),
+    "olmo2": ("Olmo2Config", _GATED),
+    "cohere": ("CohereConfig", _GATED),
+}
+
+
+def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random transformers model of a named tiny config, float32, with weights large enough to matter."""
+    kind, values = CONFIGS[name]
+    config = getattr(transformers, kind)(**{**values, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@cache
+def program(name: str, seed: int = 0) -> Program:
+    """A captured tiny model; programs are values, so tests may share them."""
+    return capture_model(make_model(name, seed))
+
+
+def checkpoint(directory: Path, name: str, **changes: Any) -> Path:
+    """A tiny random checkpoint on disk."""
+    make_model(name, **changes).save_pretrained(directory)
+    return directory
+
+
+def tokens(batch: int, seq: int, vocabulary: int = 96, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[batch, seq]`."""
+    return torch.randint(3, vocabulary, (batch, seq), generator=torch.Generator().manual_seed(seed))
