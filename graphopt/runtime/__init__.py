@@ -1,1 +1,5 @@
-"""graphopt.runtime."""
+"""Running programs: generation."""
+
+from graphopt.runtime.generate import generate
+
+__all__ = ["generate"]

@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import transformers  # noqa: E402
+import transformers
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,

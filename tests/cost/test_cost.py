@@ -29,7 +29,8 @@ def measured(program: Any, batch: int, length: int) -> int:
         if "weight" in node.meta
     ]
     inputs = [torch.ones(batch, length, dtype=spec.dtype) for spec in program.entry.inputs]
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.graphopt.attention: attention}) as mode:
+    mapping = {torch.ops.graphopt.attention: attention}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as mode:
         program.graph(*values, *inputs)
     return int(mode.get_total_flops())
 
@@ -77,8 +78,7 @@ def test_parts_add_up(family: str, program_of: Any) -> None:
     assert sympy.expand(sum(part.flops for part in everything) - found.flops) == 0
     assert sympy.expand(sum(part.kv_bytes for part in everything) - found.kv_bytes) == 0
     assert len(parts.blocks) == 3
-    assert {part.flops for part in parts.outside if part.kind == "head"} == {4096 * sympy.Symbol(
-        "B", positive=True, integer=True) * sympy.Symbol("S", positive=True, integer=True)}
+    assert [formula(part.flops) for part in parts.outside if part.kind == "head"] == ["4,096*B*S"]
     for block, views in zip(parts.blocks, parts.views, strict=True):
         assert sum(view.parameters for view in views) == block.parameters
         assert [view.kind for view in views][:2] == ["attention", "feed_forward"]
@@ -90,7 +90,8 @@ def uneven(program: Any) -> Any:
     views = Views(program)
     edits: list[Any] = []
     neuron = next(group for group in unit_groups(views, "neuron") if group.layer == 0)
-    edits.append(Cut(neuron.view, "neuron", Anchor.of(views, neuron.leaf), tuple(range(0, neuron.units, 3)), neuron.units))
+    keep = tuple(range(0, neuron.units, 3))
+    edits.append(Cut(neuron.view, "neuron", Anchor.of(views, neuron.leaf), keep, neuron.units))
     heads = next(group for group in unit_groups(views, "kv_group") if group.layer == 0)
     edits.append(Cut(heads.view, "kv_group", Anchor.of(views, heads.leaf), (1,), heads.units))
     edits.append(Skip(views.blocks[2].path, 2))
@@ -104,15 +105,12 @@ def test_uneven_programs_count_as_they_run(name: str, program_of: Any) -> None:
     for batch, length in SHAPES:
         assert was.at(B=batch, S=length)["flops"] == measured(before, batch, length)
         assert now.at(B=batch, S=length)["flops"] == measured(after, batch, length)
-    shapes = {tuple(weight.expr.shape) for weight in after.weights.weights.values() if weight.kind == "parameter"}
-    assert shapes
     assert now.parameters == sum(
         torch.Size(weight.expr.shape).numel() for weight in after.weights.weights.values() if weight.kind == "parameter"
     )
     assert now.parameters < was.parameters
     first, second = (part.kv_bytes for part in now.breakdown.blocks)
     heads = Views(before).attentions[0].kv_heads
-    assert first.coeff(sympy.Integer(1)) == 0
     at = {symbol: 4 for symbol in now.kv_bytes.free_symbols}
     assert heads * first.subs(at) == second.subs(at)
 
