@@ -260,8 +260,9 @@ class Labels:
         return made
 
     def _cat(self, node: fx.Node) -> Axes | None:
-        sources = [s for s in node.args[0] if s.meta["val"].numel() != 0 or True]  # type: ignore[union-attr]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        # A rotary width equal to the head size leaves an empty rest behind: it joins nothing.
+        sources = [s for s in node.args[0] if s.meta["val"].shape[dim] != 0]  # type: ignore[union-attr,index]
         operands = [self.of(s) for s in sources]  # type: ignore[arg-type]
         rank = node.meta["val"].dim()
         dim = dim % rank  # type: ignore[operator]
@@ -330,6 +331,9 @@ class Labels:
         if step != 1 or bounds is None:
             return None
         start, end = bounds
+        if start == end:
+            source[dim] = self._fresh(node.meta["val"])[dim]
+            return source
         sizes = [n for n in (start, end - start, size - end) if n]
         pieces = split_sum(source[dim], sizes, f"slice at %{node.name}")
         if pieces is None:

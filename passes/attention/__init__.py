@@ -1,0 +1,1 @@
+"""Passes that change attention: heads and keys."""

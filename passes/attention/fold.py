@@ -1,0 +1,226 @@
+"""The linear algebra of sharing key-value heads: which heads go together, and the map from each into the shared one.
+
+Shapes: K old KV heads in groups of t, D features a head. `into[j]` `[D, D]` is head j's contribution to the shared head,
+`back[j]` `[D, D]` rebuilds head j from it, so that head j is approximated by back[j] sum_i into[i] x_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Maps of every old head `[K, D, D]` in float64: `into` the shared head and `back` from it."""
+
+    into: Tensor
+    back: Tensor
+
+
+def mean_fold(heads: int, width: int, groups: Groups) -> Fold:
+    """Average the members of each group (GQA, arXiv 2305.13245)."""
+    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width)
+    return Fold(eye / len(groups[0]), eye.clone())
+
+
+def first_fold(heads: int, width: int, groups: Groups) -> Fold:
+    """Keep the first member of each group."""
+    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width).clone()
+    into = torch.zeros_like(eye)
+    into[[group[0] for group in groups]] = torch.eye(width, dtype=torch.float64)
+    return Fold(into, eye)
+
+
+def svd_fold(gram: Tensor, width: int, groups: Groups, pairs: Tensor, weight: Tensor | None = None) -> Fold:
+    """The closest shared head by the Gram matrix `[K D, K D]` of all heads (arXiv 2406.07056).
+
+    Features in `pairs` `[F, 2]` are complex numbers a + ib that rotary embedding turns by one angle in every head; each
+    gets one complex weight a head, from the leading eigenvector of its t x t covariance, which commutes with the turn.
+    The other features share a real basis, the leading eigenvectors of their joint Gram matrix. `weight` `[K, D, D]`,
+    symmetric positive, says how much each head's error costs (identity where absent); on pairs only its trace counts.
+
+    Minimises sum over tokens and heads of the squared error, so it is never worse than `mean_fold` there.
+    """
+    heads = gram.shape[0] // width
+    into = torch.zeros(heads, width, width, dtype=torch.float64)
+    back = torch.zeros_like(into)
+    table = gram.to(torch.float64).reshape(heads, width, heads, width)
+    free = sorted(set(range(width)) - set(pairs.reshape(-1).tolist()))
+    for group in groups:
+        members = torch.tensor(group)
+        block = table[members][:, :, members]
+        cost = None if weight is None else weight[members].to(torch.float64)
+        for a, b in pairs.tolist():
+            _fold_pair(block, cost, members, a, b, into, back)
+        if free:
+            _fold_free(block, cost, members, torch.tensor(free), into, back)
+    return Fold(into, back)
+
+
+def _fold_pair(
+    block: Tensor, cost: Tensor | None, members: Tensor, a: int, b: int, into: Tensor, back: Tensor
+) -> None:
+    aa, bb, ab = block[:, a, :, a], block[:, b, :, b], block[:, a, :, b]
+    covariance = torch.complex(aa + bb, ab.T - ab)
+    scale = torch.ones(len(members), dtype=torch.float64)
+    if cost is not None:
+        scale = _positive(cost[:, a, a] + cost[:, b, b]).sqrt()
+        covariance = covariance * (scale[:, None] * scale[None, :])
+    lead = _leading(covariance, 1)[:, 0]
+    total = (lead / scale).sum()
+    if float(total.abs()) > 0:
+        lead = lead * (total.conj() / total.abs())
+    # Equal heads then give the identity: the mean of the members, read back unchanged.
+    level = float(len(members)) ** 0.5
+    _place(into, members, a, b, lead.conj() * scale / level)
+    _place(back, members, a, b, lead / scale * level)
+
+
+def _place(maps: Tensor, members: Tensor, a: int, b: int, number: Tensor) -> None:
+    """Write multiplication by a complex number into features a and b of each member's map."""
+    maps[members, a, a] = number.real
+    maps[members, b, b] = number.real
+    maps[members, a, b] = -number.imag
+    maps[members, b, a] = number.imag
+
+
+def _fold_free(
+    block: Tensor, cost: Tensor | None, members: Tensor, free: Tensor, into: Tensor, back: Tensor
+) -> None:
+    count, size = len(members), len(free)
+    gram = block[:, free][:, :, :, free].reshape(count * size, count * size)
+    root = inverse = torch.eye(size, dtype=torch.float64).expand(count, size, size)
+    if cost is not None:
+        root, inverse = _roots(cost[:, free][:, :, free])
+        whole = torch.block_diag(*root)
+        gram = whole @ gram @ whole
+    basis = _leading(gram, size).reshape(count, size, size)
+    out = inverse @ basis
+    # Any rotation of the shared basis is as good; the one nearest to the mean keeps equal heads as they are.
+    left, _, right = torch.linalg.svd(out.sum(0))
+    turn = right.T @ left.T
+    level = float(count) ** 0.5
+    into[members[:, None, None], free[:, None], free] = turn.T @ basis.mT @ root / level
+    back[members[:, None, None], free[:, None], free] = out @ turn * level
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """Eigenvectors `[n, count]` of the largest eigenvalues of a Hermitian matrix."""
+    hermitian = (matrix + matrix.mH) / 2
+    return torch.linalg.eigh(hermitian).eigenvectors[:, -count:]
+
+
+def _positive(value: Tensor) -> Tensor:
+    return value.clamp_min(float(value.max()) * 1e-12).clamp_min(1e-300)
+
+
+def _roots(cost: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((cost + cost.mT) / 2)
+    values = values.clamp_min(float(values.max()) * 1e-8).clamp_min(1e-300).sqrt()
+    return vectors * values[:, None, :] @ vectors.mT, vectors / values[:, None, :] @ vectors.mT
+
+
+def residual(fold: Fold, gram: Tensor, groups: Groups) -> float:
+    """Sum over tokens and heads of the squared distance between each head and what the shared one gives back."""
+    heads, width = fold.into.shape[:2]
+    table = gram.to(torch.float64).reshape(heads, width, heads, width)
+    total = 0.0
+    for group in groups:
+        members = torch.tensor(group)
+        size = len(group) * width
+        block = table[members][:, :, members].reshape(size, size)
+        back = fold.back[members].reshape(size, width)
+        into = fold.into[members].transpose(0, 1).reshape(width, size)
+        left = torch.eye(size, dtype=torch.float64) - back @ into
+        total += float((left @ block * left).sum())
+    return total
+
+
+def order_groups(heads: int, count: int) -> Groups:
+    """Neighbouring heads together."""
+    size = heads // count
+    return tuple(tuple(range(g * size, (g + 1) * size)) for g in range(count))
+
+
+def similarity(gram: Tensor, width: int, pairs: Tensor, aligned: bool) -> Tensor:
+    """Likeness `[K, K]` of heads, 0 to 1 on the diagonal: the share of energy that two heads have in common.
+
+    `aligned` allows for the best map between them (one angle a pair, an orthogonal matrix on the rest), which is what the
+    SVD fold can use; without it heads are compared feature by feature, as mean and first do.
+    """
+    heads = gram.shape[0] // width
+    table = gram.to(torch.float64).reshape(heads, width, heads, width).transpose(1, 2)
+    if not aligned:
+        common = table.diagonal(dim1=2, dim2=3).sum(-1)
+    else:
+        a, b = pairs[:, 0], pairs[:, 1]
+        real = table[:, :, a, a] + table[:, :, b, b]
+        imaginary = table[:, :, b, a] - table[:, :, a, b]
+        common = torch.sqrt(real**2 + imaginary**2).sum(-1)
+        free = torch.tensor(sorted(set(range(width)) - set(pairs.reshape(-1).tolist())), dtype=torch.long)
+        if len(free):
+            common = common + torch.linalg.matrix_norm(table[:, :, free][:, :, :, free], "nuc")
+    energy = table.diagonal(dim1=2, dim2=3).sum(-1).diagonal().clamp_min(1e-300).sqrt()
+    return common / (energy[:, None] * energy[None, :])
+
+
+def similar_groups(likeness: Tensor, count: int) -> Groups:
+    """Groups of equal size with much in common: the best of two starts, improved by swaps until none helps.
+
+    One start is the order of the heads, so that the result is never less alike than neighbours are.
+    """
+    heads = likeness.shape[0]
+    likeness = (likeness + likeness.T) / 2
+    starts = [[list(group) for group in order_groups(heads, count)], _greedy(likeness, count)]
+    improved = [_swap(likeness, start) for start in starts]
+    best = max(improved, key=lambda groups: sum(_within(likeness, group) for group in groups))
+    return tuple(sorted(tuple(sorted(group)) for group in best))
+
+
+def _within(likeness: Tensor, group: list[int]) -> float:
+    index = torch.tensor(group)
+    return float(likeness[index][:, index].sum())
+
+
+def _greedy(likeness: Tensor, count: int) -> list[list[int]]:
+    size = likeness.shape[0] // count
+    left = list(range(likeness.shape[0]))
+    groups = []
+    for _ in range(count):
+        # The head with the least in common with the rest chooses first: it has the fewest good partners.
+        seed = min(left, key=lambda i: float(likeness[i, left].sum()))
+        group = [seed]
+        left.remove(seed)
+        while len(group) < size:
+            best = max(left, key=lambda i: float(likeness[i, group].sum()))
+            group.append(best)
+            left.remove(best)
+        groups.append(group)
+    return groups
+
+
+def _swap(likeness: Tensor, groups: list[list[int]]) -> list[list[int]]:
+    table = likeness.tolist()
+
+    def ties(head: int, group: list[int], without: int) -> float:
+        return sum(table[head][i] for i in group if i not in (head, without))
+
+    changed = True
+    while changed:
+        changed = False
+        for x in range(len(groups)):
+            for y in range(x + 1, len(groups)):
+                for i in range(len(groups[x])):
+                    for j in range(len(groups[y])):
+                        a, b = groups[x][i], groups[y][j]
+                        now = ties(a, groups[x], a) + ties(b, groups[y], b)
+                        then = ties(a, groups[y], b) + ties(b, groups[x], a)
+                        if then > now + 1e-9:
+                            groups[x][i], groups[y][j] = b, a
+                            changed = True
+    return groups

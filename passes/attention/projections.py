@@ -1,0 +1,229 @@
+"""Where heads sit in projection weights, found by sending row numbers through the graph's own layout operations.
+
+No packing is assumed: rows of a weight are numbered, the nodes between the projection and the attention are run on the
+numbers, and what arrives at the attention says which row is which feature of which head.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.views import Attention, Linear, Views
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+_LAYOUT = {
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.transpose,
+    aten.permute,
+    aten.contiguous,
+    aten.clone,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.flatten,
+    aten.unflatten,
+    aten.split,
+    aten.split_with_sizes,
+    aten.chunk,
+    aten.unbind,
+    aten.slice,
+    aten.select,
+    aten.cat,
+    aten.alias,
+}
+_NORMS = {torch.ops.graphopt.rms_norm, aten.layer_norm}
+
+
+class Unfit(Exception):
+    """An attention whose heads cannot be regrouped, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One projection of an attention.
+
+    `rows` `[heads, D]` numbers the weight's rows (for the output its columns); `nodes` lie between the projection and the
+    attention, `numbers` holds what each carries; `pairs` are the features `[F, 2]` that rotary embedding turns together.
+    """
+
+    linear: Linear
+    rows: Tensor
+    nodes: tuple[fx.Node, ...]
+    numbers: dict[fx.Node, Any]
+    pairs: Tensor
+    normed: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight holds this side alone, head by head."""
+        return torch.equal(self.rows.reshape(-1), torch.arange(self.rows.numel()))
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The four sides of one attention."""
+
+    attention: Attention
+    q: Side
+    k: Side
+    v: Side
+    o: Side
+
+    @property
+    def pairs(self) -> Tensor:
+        """Feature pairs `[F, 2]` that turn together; features outside do not turn."""
+        return self.k.pairs
+
+
+def find_heads(views: Views, attention: Attention) -> Heads:
+    """Locate every head of an attention in its weights; raises Unfit with the reason when that is impossible."""
+    linears = {}
+    for name in "qkvo":
+        linear = getattr(attention, name)
+        if linear is None:
+            raise Unfit(f"its {_NAMES[name]} are not made by one plain projection")
+        linears[name] = linear
+    for linear in dict.fromkeys(linears.values()):
+        _check_private(views, linear)
+    core = attention.core
+    q, k, v = (_input_side(core, position, linears[name]) for position, name in enumerate("qkv"))
+    if not torch.equal(q.pairs, k.pairs):
+        raise Unfit("its queries and keys turn different features")
+    if v.normed or len(v.pairs):
+        raise Unfit("its values are normalised or turned, so they are no linear function of a weight")
+    o = _output_side(core, linears["o"])
+    inside = {core, *q.nodes, *k.nodes, *v.nodes}
+    for side in (q, k, v):
+        for node in side.nodes:
+            _check_users(node, inside, "keys and values" if side is not q else "queries")
+    return Heads(attention, q, k, v, o)
+
+
+_NAMES = {"q": "queries", "k": "keys", "v": "values", "o": "results"}
+
+
+def _check_private(views: Views, linear: Linear) -> None:
+    for weight in (linear.weight, linear.bias):
+        if weight is not None and len(views.program.weight_nodes[weight].users) > 1:
+            raise Unfit(f"{weight} is shared with other places of the model")
+
+
+def _check_users(node: fx.Node, inside: set[fx.Node], what: str) -> None:
+    for user in node.users:
+        if user not in inside and isinstance(user.meta.get("val"), Tensor | tuple | list):
+            raise Unfit(f"its {what} are also read by %{user.name}")
+
+
+def _input_side(core: fx.Node, position: int, linear: Linear) -> Side:
+    end = core.args[position]
+    assert isinstance(end, fx.Node)
+    out = _width(linear.node)
+    rank = linear.node.meta["val"].dim()
+    numbers: dict[fx.Node, Any] = {linear.node: torch.arange(out).reshape(*[1] * (rank - 1), out)}
+    nodes = _region(linear.node, end)
+    turned, normed = _send(nodes[1:], numbers)
+    arrived = numbers[end]
+    rows = arrived[0, :, 0, :]
+    return Side(linear, rows, nodes, numbers, _pairs(turned, rows), normed)
+
+
+def _output_side(core: fx.Node, linear: Linear) -> Side:
+    value = core.meta["val"]
+    heads, width = int(value.shape[1]), int(value.shape[3])
+    numbers: dict[fx.Node, Any] = {core: torch.arange(heads * width).reshape(1, heads, 1, width)}
+    nodes = _region(core, linear.x)
+    _send(nodes[1:], numbers)
+    inside = {*nodes, linear.node}
+    for node in nodes:
+        _check_users(node, inside, "results")
+    arrived = numbers[linear.x].reshape(-1)
+    if not torch.equal(arrived.sort().values, torch.arange(heads * width)):
+        raise Unfit("the output projection does not read every feature of every head once")
+    return Side(linear, torch.argsort(arrived).reshape(heads, width), nodes, numbers, torch.empty(0, 2).long(), False)
+
+
+def _width(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
+
+
+def _region(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes on paths from `start` to `end`, both included, in graph order."""
+    back, stack = {end}, [end]
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes if node is not start else ():
+            if source not in back:
+                back.add(source)
+                stack.append(source)
+    ahead, stack = {start}, [start]
+    while stack:
+        for user in stack.pop().users:
+            if user in back and user not in ahead:
+                ahead.add(user)
+                stack.append(user)
+    return tuple(sorted(ahead))
+
+
+def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list[tuple[Tensor, bool]], bool]:
+    """Run layout operations on row numbers; returns what rotary embedding turns, and whether a norm was met."""
+    turned: list[tuple[Tensor, bool]] = []
+    normed = False
+    for node in nodes:
+        packet = getattr(node.target, "overloadpacket", node.target)
+        source = numbers.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if packet is torch.ops.graphopt.rotary:
+            assert isinstance(source, Tensor)
+            width = _width(node.args[1])  # type: ignore[arg-type]
+            turned.append((source[..., :width], bool(node.args[3])))
+            numbers[node] = source
+        elif packet in _NORMS and isinstance(source, Tensor):
+            if source.dim() != 4:
+                raise Unfit(f"%{node.name} normalises all heads together")
+            normed = True
+            numbers[node] = source
+        elif packet is aten.to and source is not None:
+            numbers[node] = source
+        elif packet in _LAYOUT or node.target is operator.getitem:
+            arguments = fx.node.map_arg(node.args, lambda n: numbers[n] if n in numbers else _one(n))
+            keywords = fx.node.map_arg(node.kwargs, lambda n: numbers[n] if n in numbers else _one(n))
+            numbers[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        else:
+            name = str(packet).replace("graphopt.", "")
+            raise Unfit(f"{name} at %{node.name} lies between a projection and the attention")
+    return turned, normed
+
+
+def _one(node: fx.Node) -> int:
+    """The value of a symbolic size when batch and length are 1."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return int(expr.subs({symbol: 1 for symbol in expr.free_symbols}))
+    if isinstance(value, int):
+        return value
+    raise Unfit(f"%{node.name} joins a projection before the attention")
+
+
+def _pairs(turned: list[tuple[Tensor, bool]], rows: Tensor) -> Tensor:
+    """Positions in a head of the features that turn together; the same in every head, or Unfit."""
+    found: list[Tensor] = []
+    place = torch.empty(int(rows.max()) + 1, dtype=torch.long)
+    place[rows.reshape(-1)] = torch.arange(rows.shape[1]).expand_as(rows).reshape(-1)
+    for numbers, interleaved in turned:
+        if numbers.dim() != 4 or numbers.shape[1] != rows.shape[0]:
+            raise Unfit("rotary embedding is applied before the heads are apart")
+        spots = place[numbers[0, :, 0, :]]
+        if not bool((spots == spots[:1]).all()):
+            raise Unfit("heads turn different features")
+        spot, half = spots[0], spots.shape[1] // 2
+        first, second = (spot[0::2], spot[1::2]) if interleaved else (spot[:half], spot[half:])
+        found.append(torch.stack([first, second], dim=1))
+    return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.long)
