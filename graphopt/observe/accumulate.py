@@ -45,7 +45,8 @@ class Tokens:
 
 def _misfit(tap: Tap, value: torch.Tensor, wanted: str) -> PlanError:
     return PlanError.of(
-        "tap_shape", f"a tap on %{tap.node} expects {wanted}, but the node gives {list(value.shape)}",
+        "tap_shape",
+        f"a tap on %{tap.node} expects {wanted}, but the node gives {list(value.shape)}",
         help=("tap a node that has one row of features for each token",),
     )
 
@@ -100,9 +101,7 @@ class MomentsAccumulator(Accumulator):
     def result(self) -> Moments:
         """The moments; the variance is that of the population."""
         n = max(self.count, 1)
-        return Moments(
-            self.count, self.mean, self.scatter / n, self.absolute / n, self.square / n, self.samples.sqrt()
-        )
+        return Moments(self.count, self.mean, self.scatter / n, self.absolute / n, self.square / n, self.samples.sqrt())
 
 
 class GramAccumulator(Accumulator):

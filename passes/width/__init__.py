@@ -1,0 +1,1 @@
+"""Width: passes that remove heads, KV groups, neurons and hidden dimensions."""
