@@ -45,7 +45,7 @@ def diff_page(before: Program, after: Program, *, graph: bool = False) -> Page:
     """The same as a page."""
     found = diff(before, after, graph=graph)
     page = Page()
-    page.title(f"{found['names'][0]} -> {found['names'][1]}", "nothing differs" if found["equal"] else "")
+    page.title(f"{found['names'][0]} -> {found['names'][1]}", "the same structure; values are not compared" if found["equal"] else "")
     for name, (old, new) in found["model"].items():
         page.row(name, f"{old} -> {new}")
     views = found["views"]
