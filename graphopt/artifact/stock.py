@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from graphopt.diagnostics import ArtifactError, GraphoptError
 from graphopt.ir.program import Program
 
 MOST_CAPTURES = 14
+_SIZE_ATTRIBUTE = re.compile(r"size|dim|inner|width|ffn")
 Values = dict[str, Any]
 
 
@@ -77,7 +79,9 @@ def _climb(search: _Search, values: Values) -> Stock | tuple[str, ...]:
                 best, best_values, improved = found, candidate, True
                 break
         if not improved:
-            texts = [difference.text for difference in best.differences]
+            # Where the ops part says more than the shapes seen on the way there.
+            ordered = sorted(best.differences, key=lambda difference: difference.kind != "op")
+            texts = [difference.text for difference in ordered]
             return (*texts[:4], *((f"and {len(texts) - 4} more",) if len(texts) > 4 else ()), *reasons[:2])
     stock = search.captures[_key(best_values)]
     assert isinstance(stock, Program)
@@ -238,11 +242,13 @@ def _neighbours(search: _Search, values: Values, found: Match) -> Iterator[Value
     ]
     if changes and len({key for key, _ in changes}) == len(changes):
         yield {**values, **dict(changes)}
-    for key, new in changes:
-        yield {**values, key: new}
+    if len(changes) > 1:
+        for key, new in changes:
+            yield {**values, key: new}
     if "shape" in kinds:
         for key, value in data.items():
-            if value is None and not key.endswith("_id"):
+            # GPT-2 leaves its inner width to a default; other unset attributes are no sizes.
+            if value is None and _SIZE_ATTRIBUTE.search(key):
                 for new in sorted({new for options in sizes.values() for new in options}):
                     yield {**values, key: new}
     yield from _other_changes(values, found, data)
