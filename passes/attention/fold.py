@@ -1,7 +1,7 @@
 """The linear algebra of sharing key-value heads: which heads go together, and the map from each into the shared one.
 
-Shapes: K old KV heads in groups of t, D features a head. `into[j]` `[D, D]` is head j's contribution to the shared head,
-`back[j]` `[D, D]` rebuilds head j from it, so that head j is approximated by back[j] sum_i into[i] x_i.
+Shapes: K old KV heads in groups of t, D features a head. `into[j]` `[D, D]` is head j's contribution to the shared
+head, `back[j]` `[D, D]` rebuilds head j from it: head j is approximated by back[j] sum_i into[i] x_i.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-Tensor = torch.Tensor
+from graphopt.ir.weights import WeightStore
+from graphopt.views import Linear
+
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -125,8 +128,11 @@ def _roots(cost: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * values[:, None, :] @ vectors.mT, vectors / values[:, None, :] @ vectors.mT
 
 
-def residual(fold: Fold, gram: Tensor, groups: Groups) -> float:
-    """Sum over tokens and heads of the squared distance between each head and what the shared one gives back."""
+def residual(fold: Fold, gram: Tensor, groups: Groups, weight: Tensor | None = None) -> float:
+    """Sum over tokens and heads of the squared distance between each head and what the shared one gives back.
+
+    `weight` `[K, D, D]` measures head j's distance e as e^T weight[j] e.
+    """
     heads, width = fold.into.shape[:2]
     table = gram.to(torch.float64).reshape(heads, width, heads, width)
     total = 0.0
@@ -137,7 +143,9 @@ def residual(fold: Fold, gram: Tensor, groups: Groups) -> float:
         back = fold.back[members].reshape(size, width)
         into = fold.into[members].transpose(0, 1).reshape(width, size)
         left = torch.eye(size, dtype=torch.float64) - back @ into
-        total += float((left @ block * left).sum())
+        error = left @ block @ left.T
+        cost = torch.eye(size, dtype=torch.float64) if weight is None else torch.block_diag(*weight[members])
+        total += float((error * cost).sum())
     return total
 
 
@@ -147,35 +155,48 @@ def order_groups(heads: int, count: int) -> Groups:
     return tuple(tuple(range(g * size, (g + 1) * size)) for g in range(count))
 
 
-def similarity(gram: Tensor, width: int, pairs: Tensor, aligned: bool) -> Tensor:
-    """Likeness `[K, K]` of heads, 0 to 1 on the diagonal: the share of energy that two heads have in common.
+def pair_losses(gram: Tensor, width: int, pairs: Tensor, weight: Tensor | None, aligned: bool) -> Tensor:
+    """What sharing one head costs each two heads, `[K, K]`, as a share of the energy of all heads together.
 
-    `aligned` allows for the best map between them (one angle a pair, an orthogonal matrix on the rest), which is what the
-    SVD fold can use; without it heads are compared feature by feature, as mean and first do.
+    `aligned` lets the two heads share as `svd_fold` would; otherwise they are averaged.
     """
     heads = gram.shape[0] // width
     table = gram.to(torch.float64).reshape(heads, width, heads, width).transpose(1, 2)
+    own = table.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+    cost = torch.eye(width, dtype=torch.float64).expand(heads, width, width) if weight is None else weight
+    energy = (own * cost).sum().clamp_min(1e-300)
     if not aligned:
-        common = table.diagonal(dim1=2, dim2=3).sum(-1)
-    else:
+        apart = own[:, None] + own[None, :] - table - table.mT
+        return ((cost[:, None] + cost[None, :]) * apart).sum((-1, -2)) / 4 / energy
+    losses = torch.zeros(heads, heads, dtype=torch.float64)
+    if len(pairs):
         a, b = pairs[:, 0], pairs[:, 1]
-        real = table[:, :, a, a] + table[:, :, b, b]
-        imaginary = table[:, :, b, a] - table[:, :, a, b]
-        common = torch.sqrt(real**2 + imaginary**2).sum(-1)
-        free = torch.tensor(sorted(set(range(width)) - set(pairs.reshape(-1).tolist())), dtype=torch.long)
-        if len(free):
-            common = common + torch.linalg.matrix_norm(table[:, :, free][:, :, :, free], "nuc")
-    energy = table.diagonal(dim1=2, dim2=3).sum(-1).diagonal().clamp_min(1e-300).sqrt()
-    return common / (energy[:, None] * energy[None, :])
+        size = _positive(cost[:, a, a] + cost[:, b, b]).sqrt() if weight is not None else torch.ones(heads, len(pairs))
+        both = size[:, None] * size[None, :]
+        real, imaginary = table[:, :, a, a] + table[:, :, b, b], table[:, :, b, a] - table[:, :, a, b]
+        alone = (real * both).diagonal(dim1=0, dim2=1).T
+        middle, gap = (alone[:, None] + alone[None, :]) / 2, (alone[:, None] - alone[None, :]) / 2
+        losses += (middle - torch.sqrt(gap**2 + (real**2 + imaginary**2) * both**2)).sum(-1)
+    free = torch.tensor(sorted(set(range(width)) - set(pairs.reshape(-1).tolist())), dtype=torch.long)
+    if len(free):
+        root = _roots(cost[:, free][:, :, free])[0]
+        rest = root[:, None] @ table[:, :, free][:, :, :, free] @ root[None, :]
+        for i in range(heads):
+            for j in range(i):
+                joint = torch.cat([torch.cat([rest[i, i], rest[i, j]], 1), torch.cat([rest[j, i], rest[j, j]], 1)])
+                lost = torch.linalg.eigvalsh((joint + joint.T) / 2)[: len(free)].sum()
+                losses[i, j] += lost
+                losses[j, i] += lost
+    return losses.fill_diagonal_(0) / energy
 
 
-def similar_groups(likeness: Tensor, count: int) -> Groups:
-    """Groups of equal size with much in common: the best of two starts, improved by swaps until none helps.
+def similar_groups(losses: Tensor, count: int) -> Groups:
+    """Groups of equal size that cost little: the better of two starts, improved by swaps until none helps.
 
-    One start is the order of the heads, so that the result is never less alike than neighbours are.
+    One start is the order of the heads, so that the result never costs more than neighbours do.
     """
-    heads = likeness.shape[0]
-    likeness = (likeness + likeness.T) / 2
+    heads = losses.shape[0]
+    likeness = -(losses + losses.T) / 2
     starts = [[list(group) for group in order_groups(heads, count)], _greedy(likeness, count)]
     improved = [_swap(likeness, start) for start in starts]
     best = max(improved, key=lambda groups: sum(_within(likeness, group) for group in groups))
@@ -184,7 +205,7 @@ def similar_groups(likeness: Tensor, count: int) -> Groups:
 
 def _within(likeness: Tensor, group: list[int]) -> float:
     index = torch.tensor(group)
-    return float(likeness[index][:, index].sum())
+    return sum(likeness[index][:, index].sum(0).tolist(), 0.0)
 
 
 def _greedy(likeness: Tensor, count: int) -> list[list[int]]:
@@ -193,9 +214,8 @@ def _greedy(likeness: Tensor, count: int) -> list[list[int]]:
     groups = []
     for _ in range(count):
         # The head with the least in common with the rest chooses first: it has the fewest good partners.
-        seed = min(left, key=lambda i: float(likeness[i, left].sum()))
-        group = [seed]
-        left.remove(seed)
+        group = [min(left, key=lambda i: float(likeness[i, left].sum()))]
+        left.remove(group[0])
         while len(group) < size:
             best = max(left, key=lambda i: float(likeness[i, group].sum()))
             group.append(best)
@@ -220,7 +240,25 @@ def _swap(likeness: Tensor, groups: list[list[int]]) -> list[list[int]]:
                         a, b = groups[x][i], groups[y][j]
                         now = ties(a, groups[x], a) + ties(b, groups[y], b)
                         then = ties(a, groups[y], b) + ties(b, groups[x], a)
-                        if then > now + 1e-9:
+                        if then > now + 1e-12:
                             groups[x][i], groups[y][j] = b, a
                             changed = True
     return groups
+
+
+def query_cost(gram: Tensor, kv_heads: int, width: int) -> Tensor:
+    """What an error in each key costs, `[K, D, D]`: the sum of q q^T over the query heads that read it.
+
+    `gram` `[H D, H D]` is of all query heads; rotation by one angle does not change the traces that pairs use.
+    """
+    each = gram.shape[0] // width // kv_heads
+    table = gram.to(torch.float64).reshape(kv_heads, each, width, kv_heads, each, width)
+    return torch.einsum("krdkre->kde", table)
+
+
+def output_cost(weights: WeightStore, linear: Linear, columns: Tensor, kv_heads: int) -> Tensor:
+    """What an error in each value costs, `[K, E, E]`: the sum of W^T W over the columns of its query heads."""
+    weight = weights.evaluate(linear.weight, torch.float64)
+    matrix = weight if linear.in_axis == 1 else weight.T
+    parts = matrix[:, columns.reshape(-1)].T.reshape(kv_heads, -1, columns.shape[1], matrix.shape[0])
+    return torch.einsum("kreo,krfo->kef", parts, parts)

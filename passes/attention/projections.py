@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.views import Attention, Linear, Views
 
 aten = torch.ops.aten
-Tensor = torch.Tensor
 
 _LAYOUT = {
     aten.view,
@@ -50,8 +49,8 @@ class Unfit(Exception):
 class Side:
     """One projection of an attention.
 
-    `rows` `[heads, D]` numbers the weight's rows (for the output its columns); `nodes` lie between the projection and the
-    attention, `numbers` holds what each carries; `pairs` are the features `[F, 2]` that rotary embedding turns together.
+    `rows` `[heads, D]` numbers the weight's rows (for the output its columns); `nodes` lie between the projection and
+    the attention, `numbers` holds what each carries; `pairs` `[F, 2]` are the features that rotary embedding turns.
     """
 
     linear: Linear
@@ -60,11 +59,6 @@ class Side:
     numbers: dict[fx.Node, Any]
     pairs: Tensor
     normed: bool
-
-    @property
-    def plain(self) -> bool:
-        """Whether the weight holds this side alone, head by head."""
-        return torch.equal(self.rows.reshape(-1), torch.arange(self.rows.numel()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import BlockMap, Cat, Const, Expr, Take
@@ -18,7 +19,6 @@ from graphopt.views import Attention, Linear, Views, leaves
 from graphopt.views.labels import slice_bounds
 
 aten = torch.ops.aten
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +132,7 @@ class Regroup(Edit):
         counted = heads.attention.kv_group
         before, after = len(self.keys.into), len(self.groups)
         queries = set(heads.q.nodes)
+        assert counted is not None
         for node in dict.fromkeys((*heads.k.nodes, *heads.v.nodes)):
             schema = getattr(node.target, "_schema", None)
             if node in queries or schema is None:
@@ -210,7 +211,7 @@ class _Maps:
     def identity(self) -> bool:
         """Whether each new head is an old one, unchanged."""
         eye = torch.eye(self.maps.shape[-1], dtype=self.maps.dtype)
-        return self.maps.shape[1] == 1 and torch.equal(self.maps, eye.expand_as(self.maps))
+        return self.maps.shape[1] == 1 and bool(torch.equal(self.maps, eye.expand_as(self.maps)))
 
     @property
     def trivial(self) -> bool:
@@ -317,7 +318,7 @@ def _rebound(node: fx.Node, bounds: dict[int, int], total: int) -> tuple[tuple[A
             ends.append(ends[-1] + int(piece.shape[-1]))
         if any(end not in bounds for end in ends):
             return None
-        sizes = [bounds[b] - bounds[a] for a, b in zip(ends, ends[1:], strict=False)]
+        sizes = [bounds[b] - bounds[a] for a, b in pairwise(ends)]
         return (sizes, dim), aten.split_with_sizes.default
     if packet is aten.slice and node.args[1] % rank == rank - 1:  # type: ignore[operator]
         found = slice_bounds(node, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graphopt.diagnostics import PlanError
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from graphopt.passkit.edits import Plan
     from graphopt.views import Attention
 
-_DIMENSIONS = ("heads", "kv_heads", "head_dim")
-
 
 class RegroupKV(Pass):
     """Let more query heads share each key-value head: MHA to GQA or MQA, or GQA to fewer KV heads.
@@ -30,8 +29,9 @@ class RegroupKV(Pass):
     shared head by the calibrated keys and values and folds the way back into the query and output projections
     ("Effectively Compress KV Heads for LLM", arXiv 2406.07056). Under rotary embedding that fold is legal only when it
     commutes with the rotation: one complex weight for each head and frequency, features that do not turn keep the real
-    fold. Query heads are reordered where similar heads are grouped; this changes nothing. The result needs no new
-    operation, and a stock config says it as `num_key_value_heads`.
+    fold. Errors are weighted by the queries and output columns that read them, which the paper does
+    not do. Query heads are reordered where similar heads are grouped; this changes no result. Nothing new is computed,
+    and a stock config says the outcome as `num_key_value_heads`.
 
     ```yaml
     - use: regroup_kv
@@ -52,8 +52,8 @@ class RegroupKV(Pass):
     """what the shared head is made of"""
     rope: Literal["auto", "commuting", "none"] = "auto"
     """whether the key fold must commute with rotary embedding; auto reads it off the graph"""
-    weighting: Literal["none", "queries"] = "none"
-    """svd: count an error in a key by the size of the queries that meet it, or all alike"""
+    weighting: Literal["readers", "none"] = "readers"
+    """whether errors count by who reads them: keys by the calibrated queries, values by the output projection"""
 
     @property
     def calibrated(self) -> bool:
@@ -75,7 +75,7 @@ class RegroupKV(Pass):
                 continue
             q, k, v = (str(node) for node in attention.core.args[:3])
             taps += [Tap(k, "gram", "heads"), Tap(v, "gram", "heads")]
-            if self.weighting == "queries":
+            if self.weighting == "readers":
                 taps.append(Tap(q, "gram", "heads"))
         return tuple(taps)
 
@@ -131,17 +131,17 @@ class RegroupKV(Pass):
         if count == attention.kv_heads:
             raise Unfit(f"it already has {count} KV heads")
         if attention.cross and self.calibrated:
-            raise Unfit("its keys come from another stream, which calibration does not observe; use init: mean or first")
+            raise Unfit("its keys come from another stream, which calibration does not observe; init: mean works")
         heads = find_heads(context.views, attention)
         if self.init != "first" and (heads.k.normed or heads.q.normed):
             raise Unfit(
-                "its queries or keys are normalised after the projection, so that no weight makes a mix of several keys;"
-                " init: first is legal"
+                "its queries or keys are normalised after the projection, so that no weight makes a mix of several"
+                " keys; init: first is legal"
             )
         pairs = self._pairs(heads)
-        keys, values = self._grams(context, attention)
-        groups = self._groups(heads, count, pairs, keys, values)
-        key_fold, value_fold = self._folds(context, heads, groups, pairs, keys, values)
+        calibration = self._calibration(context, heads, pairs)
+        groups = self._groups(heads, count, calibration)
+        key_fold, value_fold = self._folds(heads, groups, calibration)
         edit = Regroup(
             attention.path, attention.core.name, groups, attention.heads, key_fold, value_fold, self.init
         )
@@ -166,60 +166,61 @@ class RegroupKV(Pass):
             raise Unfit("its rotary embedding was not recognised as graphopt::rotary")
         return pairs
 
-    def _grams(self, context: Context, attention: Attention) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _calibration(self, context: Context, heads: Heads, pairs: torch.Tensor) -> _Calibration | None:
         if not self.calibrated:
-            return None, None
-        if context.statistics is None:
+            return None
+        statistics = context.statistics
+        if statistics is None:
             asked = "init: svd" if self.init == "svd" else "grouping: similarity"
             raise PlanError.of(
                 "no_calibration",
                 f"regroup_kv with {asked} needs calibration text",
                 help=("add calibration: {data: FILE, samples: 64, seq: 256}, or use init: mean and grouping: order",),
             )
-        _, k, v = (str(node) for node in attention.core.args[:3])
-        return context.statistics.gram(k).gram, context.statistics.gram(v).gram
-
-    def _groups(
-        self,
-        heads: Heads,
-        count: int,
-        pairs: torch.Tensor,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
-    ) -> Groups:
-        from graphopt.passes.attention.fold import order_groups, similar_groups, similarity
+        from graphopt.passes.attention.fold import output_cost, query_cost
 
         attention = heads.attention
-        if self.grouping == "order" or keys is None or values is None:
-            return order_groups(attention.kv_heads, count)
-        aligned = self.init == "svd"
-        likeness = similarity(keys, attention.head_dim, pairs, aligned)
-        likeness = likeness + similarity(values, attention.value_dim, pairs[:0], aligned)
-        return similar_groups(likeness / 2, count)
+        q, k, v = (str(node) for node in attention.core.args[:3])
+        key_cost = value_cost = None
+        if self.weighting == "readers":
+            key_cost = query_cost(statistics.gram(q).gram, attention.kv_heads, attention.head_dim)
+            value_cost = output_cost(context.program.weights, heads.o.linear, heads.o.rows, attention.kv_heads)
+        return _Calibration(statistics.gram(k).gram, statistics.gram(v).gram, pairs, key_cost, value_cost)
 
-    def _folds(
-        self,
-        context: Context,
-        heads: Heads,
-        groups: Groups,
-        pairs: torch.Tensor,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
-    ) -> tuple[Fold, Fold]:
+    def _groups(self, heads: Heads, count: int, calibration: _Calibration | None) -> Groups:
+        from graphopt.passes.attention.fold import order_groups, pair_losses, similar_groups
+
+        attention, found, aligned = heads.attention, calibration, self.init == "svd"
+        if self.grouping == "order" or found is None:
+            return order_groups(attention.kv_heads, count)
+        losses = pair_losses(found.keys, attention.head_dim, found.pairs, found.key_cost, aligned)
+        losses = losses + pair_losses(
+            found.values, attention.value_dim, found.pairs[:0], found.value_cost, aligned
+        )
+        return similar_groups(losses, count)
+
+    def _folds(self, heads: Heads, groups: Groups, calibration: _Calibration | None) -> tuple[Fold, Fold]:
         from graphopt.passes.attention.fold import first_fold, mean_fold, svd_fold
 
-        attention = heads.attention
-        count, width, value_width = attention.kv_heads, attention.head_dim, attention.value_dim
-        if self.init == "svd" and keys is not None and values is not None:
-            weight = self._query_weight(context, attention) if self.weighting == "queries" else None
-            return svd_fold(keys, width, groups, pairs, weight), svd_fold(values, value_width, groups, pairs[:0])
+        attention, found = heads.attention, calibration
+        if self.init == "svd" and found is not None:
+            return (
+                svd_fold(found.keys, attention.head_dim, groups, found.pairs, found.key_cost),
+                svd_fold(found.values, attention.value_dim, groups, found.pairs[:0], found.value_cost),
+            )
         make = mean_fold if self.init == "mean" else first_fold
-        return make(count, width, groups), make(count, value_width, groups)
+        return (
+            make(attention.kv_heads, attention.head_dim, groups),
+            make(attention.kv_heads, attention.value_dim, groups),
+        )
 
-    def _query_weight(self, context: Context, attention: Attention) -> torch.Tensor:
-        """Sum of q q^T over the query heads of each KV head, `[K, D, D]`."""
-        assert context.statistics is not None
-        gram = context.statistics.gram(str(attention.core.args[0])).gram
-        each, width = attention.heads // attention.kv_heads, attention.head_dim
-        table = gram.reshape(attention.kv_heads, each, width, attention.kv_heads, each, width)
-        return table.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).sum(-1).permute(2, 0, 1)
+
+@dataclass(frozen=True)
+class _Calibration:
+    """Gram matrices of all keys and values, the features that turn together, and what errors cost each head."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pairs: torch.Tensor
+    key_cost: torch.Tensor | None
+    value_cost: torch.Tensor | None
