@@ -39,6 +39,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 56, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
     "mistral": ("MistralConfig", {**_GATED, "sliding_window": 8}),
     "olmo2": ("Olmo2Config", _GATED),
+    "bloom": ("BloomConfig", {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0}),
+    "falcon": ("FalconConfig", _COMMON),
+    "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _GATED),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim as ExportDim
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -31,7 +32,7 @@ def capture_module(
     origin: Origin | None = None,
     names_on_disk: frozenset[str] | None = None,
 ) -> Program:
-    """Export `module` on its own device (meta included) into a Program.
+    """Export `module` on its own device (meta or fake parameters included) into a Program.
 
     `inputs` are keyword arguments of `forward` in order; dimensions named in their shapes are symbolic. `source` supplies
     weights (default: the module's own tensors), `constants` the values of buffers when the module sits on meta.
@@ -73,13 +74,14 @@ def capture_module(
             )
         else:
             value = constants.get(name, tensor)
-            if value.device.type == "meta":
+            if _valueless(value):
                 raise CaptureError.of("constant_without_value", f"the value of constant {name!r} is not known")
+            node.meta["constant"] = value.detach().cpu()
             weights[canonical] = Weight(canonical, Const(value.detach().clone().cpu(), value.dtype), "constant")
     entry = Entry(specs, _output_names(exported))
     _check_effects(exported)
     store_source = source
-    if store_source is None and device.type != "meta":
+    if store_source is None and not any(_valueless(tensor) for tensor in values.values()):
         store_source = MemorySource({name: tensor.detach() for name, tensor in values.items()})
     normalize(graph_module)
     output = next(iter(reversed(graph.nodes)))
@@ -91,6 +93,10 @@ def capture_module(
     propagate(clean, store, dims, entry)
     dtype = _model_dtype(store)
     return Program(clean, store, dims, entry, dtype, origin=origin or Origin(type(module).__name__))
+
+
+def _valueless(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
 def _export(module: torch.nn.Module, specs: tuple[Input, ...], dims: tuple[Dim, ...], device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.capture.raise_attention import raise_spelled_attention
 from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -27,8 +28,11 @@ def normalize(graph_module: fx.GraphModule) -> None:
     drop_asserts(graph)
     drop_no_ops(graph)
     drop_empty_pieces(graph)
+    simplify_calls(graph)
     constant_devices(graph)
     raise_attention(graph)
+    raise_spelled_attention(graph)
+    eliminate_dead_code(graph)
     merge_masks(graph)
     raise_rms_norm(graph)
     raise_rotary(graph)
@@ -141,6 +145,29 @@ def drop_empty_pieces(graph: fx.Graph) -> None:
 def _is_empty(piece: fx.Node, dim: int) -> bool:
     size = piece.meta["val"].shape[dim]
     return isinstance(size, int) and size == 0
+
+
+def simplify_calls(graph: fx.Graph) -> None:
+    """Say in one way what models say in several: x @ w.T is a linear, an index list of neighbours is a slice."""
+    for node in list(graph.nodes):
+        if is_op(node, aten.matmul, aten.mm) and is_op(node.args[1], aten.numpy_T, aten.t, aten.transpose):
+            weight = node.args[1].args[0]
+            if "weight" in weight.meta and weight.meta["val"].dim() == 2:
+                with graph.inserting_before(node):
+                    new = graph.call_function(aten.linear.default, (node.args[0], weight))
+                _replace(graph, node, new)
+        elif is_op(node, aten.index):
+            indices = list(node.args[1])
+            given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+            constant = given[0][1].meta.get("constant") if len(given) == 1 else None
+            if constant is None or constant.dim() != 1 or constant.dtype != torch.int64:
+                continue
+            axis, size = given[0][0], node.args[0].meta["val"].shape[given[0][0]]
+            values = [int(v) % size for v in constant] if isinstance(size, int) else []
+            if values and values == list(range(values[0], values[0] + len(values))):
+                with graph.inserting_before(node):
+                    new = graph.call_function(aten.slice.Tensor, (node.args[0], axis, values[0], values[-1] + 1))
+                _replace(graph, node, new)
 
 
 def constant_devices(graph: fx.Graph) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.capture.checkpoint import CheckpointSource
@@ -65,7 +67,7 @@ def _build(factory: Any, config: Any, dtype: torch.dtype) -> Any:
     Their attention is raised from the graph instead, so the choice changes how much is raised and never what runs.
     """
     if hasattr(config, "_experts_implementation"):
-        # Other implementations depend on the device that they are traced on (a histogram of integers on meta).
+        # One product over gathered experts: the plainest graph, with no data-dependent shapes.
         config._experts_implementation = "batched_mm"
     refused: list[str] = []
     for implementation in ("graphopt", "sdpa", "eager"):
@@ -95,18 +97,23 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
     tensors = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     origin = Origin(type(model).__name__, config.to_dict(), type(model).__name__, None)
-    return capture_module(
-        empty,
-        model_inputs(empty),
-        dims=dims,
-        source=MemorySource({**tensors, **buffers}),
-        constants=buffers,
-        origin=origin,
-    )
+    with our_masks():
+        return capture_module(
+            empty,
+            model_inputs(empty),
+            dims=dims,
+            source=MemorySource({**tensors, **buffers}),
+            constants=buffers,
+            origin=origin,
+        )
 
 
 def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The model of a config with parameters on meta, and the values of its buffers."""
+    """The model of a config without weights: fake CPU parameters that take no memory, and its real buffers.
+
+    Fake CPU tensors instead of meta ones keep the values of constants that `forward` makes, and take the branches that
+    a model chooses for a real device.
+    """
     import transformers
 
     name = (config.architectures or [None])[0]
@@ -118,9 +125,8 @@ def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dic
     with _parameters_on_meta():
         model = _build(factory, config, dtype)
     model.eval()
-    buffers = {name: value.detach().clone() for name, value in model.named_buffers() if value.device.type != "meta"}
-    model.to("meta")
-    return model, buffers
+    fake_parameters(model)
+    return model, dict(model.named_buffers())
 
 
 def _capture(
@@ -134,15 +140,16 @@ def _capture(
     model, buffers = build_on_meta(config, dtype)
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
-    program = capture_module(
-        model,
-        model_inputs(model),
-        dims=dims,
-        source=source,
-        constants=buffers,
-        origin=origin,
-        names_on_disk=on_disk,
-    )
+    with our_masks():
+        program = capture_module(
+            model,
+            model_inputs(model),
+            dims=dims,
+            source=source,
+            constants=buffers,
+            origin=origin,
+            names_on_disk=on_disk,
+        )
     return program if source is None else _check_names(program, source)
 
 
@@ -200,6 +207,21 @@ def _resolve(path: str | Path) -> Path:
         ) from error
 
 
+def fake_parameters(model: torch.nn.Module) -> None:
+    """Replace meta parameters by fake CPU ones in place; ties stay ties."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                with mode:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that modules register go to meta at once; buffers keep the values that constructors compute."""
@@ -215,6 +237,31 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def our_masks() -> Iterator[None]:
+    """While a model is exported, masks of the sdpa and eager implementations come from `graphopt::attention_mask` too."""
+    from transformers import AttentionMaskInterface
+
+    mapping = AttentionMaskInterface._global_mapping
+    before = {name: mapping[name] for name in ("sdpa", "eager") if name in mapping}
+    AttentionMaskInterface.register("sdpa", _mask)
+    AttentionMaskInterface.register("eager", _eager_mask)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            AttentionMaskInterface.register(name, function)
+
+
+def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
+    """The additive form of `_mask`, for attention that adds its mask to the scores."""
+    mask = _mask(*args, dtype=dtype, **kwargs)
+    if mask is None:
+        return None
+    low = torch.tensor(torch.finfo(dtype).min, device=mask.device, dtype=dtype)
+    return torch.where(mask, torch.tensor(0.0, device=mask.device, dtype=dtype), low)
 
 
 def _register_attention() -> None:

@@ -521,7 +521,7 @@ def _table() -> dict[Any, str]:
         "_baddbmm": [aten.baddbmm],
         "_embedding": [aten.embedding],
         "_view": [aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten],
-        "_transpose": [aten.transpose, aten.t, aten.swapaxes, aten.mT],
+        "_transpose": [aten.transpose, aten.t, aten.swapaxes, aten.mT, aten.numpy_T],
         "_permute": [aten.permute],
         "_unsqueeze": [aten.unsqueeze],
         "_squeeze": [aten.squeeze],

@@ -143,7 +143,8 @@ class Views:
             aq, ak, av = labels.of(q), labels.of(k), labels.of(v)
             sources = [_source_linear(labels, side) for side in (q, k, v)]
             consumer = _consumer_linear(labels, node)
-            kv_factors = [f for f in flat(ak[1]) if isinstance(f, Atom) and f.parts is None]
+            kv_axis = _unrepeated(labels, ak[1], sources[1])
+            kv_factors = [f for f in flat(kv_axis) if isinstance(f, Atom) and f.parts is None]
             q_factors = [f for f in flat(aq[1]) if isinstance(f, Atom) and f.parts is None]
             kv_group = kv_factors[0] if len(kv_factors) == 1 else None
             inner = [f for f in q_factors if f is not kv_group]
@@ -156,7 +157,7 @@ class Views:
                     v=sources[2],
                     o=consumer,
                     heads=size_of(aq[1]),
-                    kv_heads=size_of(ak[1]),
+                    kv_heads=size_of(kv_axis),
                     head_dim=size_of(aq[3]),
                     value_dim=size_of(av[3]),
                     causal=bool(node.args[6]),
@@ -402,6 +403,16 @@ def _source_linear(labels: Labels, node: fx.Node) -> Linear | None:
             else:
                 stack.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list))
     return labels.linears[next(iter(found))] if len(found) == 1 else None
+
+
+def _unrepeated(labels: Labels, axis: Axis, k: Linear | None) -> Axis:
+    """The head axis of the keys without the factors that only repeat KV heads: those run through no key weight."""
+    if k is None:
+        return axis
+    own = set(leaves(labels.weight_axes[k.weight][k.out_axis]))
+    factors = flat(axis)
+    held = [f for f in factors if isinstance(f, Atom) and (f.parts is not None or f in own)]
+    return tuple(held) if 0 < len(held) < len(factors) else axis
 
 
 def _consumer_linear(labels: Labels, node: fx.Node) -> Linear | None:

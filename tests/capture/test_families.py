@@ -37,7 +37,7 @@ def test_every_layer_is_seen(name: str) -> None:
     assert len(views.blocks) == 3
     assert all(len(block.attentions) == 1 and len(block.feed_forwards) == 1 for block in views.blocks)
     config = CONFIGS[name][1]
-    kv_heads = config.get("num_key_value_heads", 4)
+    kv_heads = config.get("num_key_value_heads", config.get("num_kv_heads", 1 if name == "falcon" else 4))
     assert {(a.heads, a.kv_heads, a.head_dim) for a in views.attentions} == {(4, kv_heads, 8)}
     assert not views.unseen
 
