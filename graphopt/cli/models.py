@@ -51,9 +51,9 @@ def diff(
     from graphopt.report.diff import diff_page
 
     if as_json:
-        show_json(differences(a, b, graph=graph))
+        show_json(differences(a, b, graph=graph, names=(before, after)))
     else:
-        show_page(diff_page(a, b, graph=graph))
+        show_page(diff_page(a, b, graph=graph, names=(before, after)))
 
 
 @command

@@ -14,7 +14,9 @@ from graphopt.report.page import Page, change, fold, size
 _COSTS = ("path", "index", "parameters", "bytes", "flops", "kv_bytes")
 
 
-def diff(before: Program, after: Program, *, graph: bool = False) -> dict[str, Any]:
+def diff(
+    before: Program, after: Program, *, graph: bool = False, names: tuple[str, str] | None = None
+) -> dict[str, Any]:
     """How `after` differs from `before`, as data; blocks and weights are matched by their names.
 
     Weights are compared by shape and dtype, not by value. `graph` adds the node-by-node difference as text.
@@ -22,7 +24,7 @@ def diff(before: Program, after: Program, *, graph: bool = False) -> dict[str, A
     a, b = describe(before), describe(after)
     views, weights, ops = _views(a, b), _weights(before, after), _ops(before, after)
     found: dict[str, Any] = {
-        "names": [before.origin.name, after.origin.name],
+        "names": list(names or (before.origin.name, after.origin.name)),
         "model": _model(a, b),
         "views": views,
         "weights": weights,
@@ -41,11 +43,14 @@ def diff(before: Program, after: Program, *, graph: bool = False) -> dict[str, A
     return found
 
 
-def diff_page(before: Program, after: Program, *, graph: bool = False) -> Page:
+def diff_page(
+    before: Program, after: Program, *, graph: bool = False, names: tuple[str, str] | None = None
+) -> Page:
     """The same as a page."""
-    found = diff(before, after, graph=graph)
+    found = diff(before, after, graph=graph, names=names)
     page = Page()
-    page.title(f"{found['names'][0]} -> {found['names'][1]}", "the same structure; values are not compared" if found["equal"] else "")
+    same = "the same structure; values are not compared" if found["equal"] else ""
+    page.title(" -> ".join(found["names"]), same)
     for name, (old, new) in found["model"].items():
         page.row(name, f"{old} -> {new}")
     views = found["views"]

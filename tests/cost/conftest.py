@@ -73,3 +73,26 @@ def config_of() -> Any:
 def program_of() -> Any:
     """The function from a short name to a captured program."""
     return tiny_program
+
+
+def cut_unevenly(program: Any) -> Any:
+    """A program whose layers differ: neurons and KV groups cut in layer 0, layer 2 skipped."""
+    from graphopt.passkit import Anchor, Cut, Skip
+    from graphopt.passkit.edits import apply_edits
+    from graphopt.views import Views, unit_groups
+
+    views = Views(program)
+    edits: list[Any] = []
+    neuron = next(group for group in unit_groups(views, "neuron") if group.layer == 0)
+    keep = tuple(range(0, neuron.units, 3))
+    edits.append(Cut(neuron.view, "neuron", Anchor.of(views, neuron.leaf), keep, neuron.units))
+    heads = next(group for group in unit_groups(views, "kv_group") if group.layer == 0)
+    edits.append(Cut(heads.view, "kv_group", Anchor.of(views, heads.leaf), (1,), heads.units))
+    edits.append(Skip(views.blocks[2].path, 2))
+    return apply_edits(program, views, tuple(edits))
+
+
+@pytest.fixture
+def uneven() -> Any:
+    """The function from a program to one whose layers differ."""
+    return cut_unevenly

@@ -10,9 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from graphopt.cost import cost, formula, node_flops
-from graphopt.passkit import Anchor, Cut, Skip
-from graphopt.passkit.edits import apply_edits
-from graphopt.views import Views, unit_groups
+from graphopt.views import Views
 
 SHAPES = ((1, 1), (2, 7), (3, 20))
 
@@ -85,21 +83,8 @@ def test_parts_add_up(family: str, program_of: Any) -> None:
         assert all(view.flops != 0 for view in views[:2])
 
 
-def uneven(program: Any) -> Any:
-    """A program whose layers differ: neurons and KV groups cut in layer 0, layer 2 skipped."""
-    views = Views(program)
-    edits: list[Any] = []
-    neuron = next(group for group in unit_groups(views, "neuron") if group.layer == 0)
-    keep = tuple(range(0, neuron.units, 3))
-    edits.append(Cut(neuron.view, "neuron", Anchor.of(views, neuron.leaf), keep, neuron.units))
-    heads = next(group for group in unit_groups(views, "kv_group") if group.layer == 0)
-    edits.append(Cut(heads.view, "kv_group", Anchor.of(views, heads.leaf), (1,), heads.units))
-    edits.append(Skip(views.blocks[2].path, 2))
-    return apply_edits(program, views, tuple(edits))
-
-
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "gpt2", "gemma2", "qwen3", "mistral"])
-def test_uneven_programs_count_as_they_run(name: str, program_of: Any) -> None:
+def test_uneven_programs_count_as_they_run(name: str, program_of: Any, uneven: Any) -> None:
     before, after = program_of(name), uneven(program_of(name))
     was, now = cost(before), cost(after)
     for batch, length in SHAPES:
