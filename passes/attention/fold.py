@@ -228,7 +228,7 @@ def _swap(likeness: Tensor, groups: list[list[int]]) -> list[list[int]]:
     table = likeness.tolist()
 
     def ties(head: int, group: list[int], without: int) -> float:
-        return sum(table[head][i] for i in group if i not in (head, without))
+        return sum((float(table[head][i]) for i in group if i not in (head, without)), 0.0)
 
     changed = True
     while changed:
