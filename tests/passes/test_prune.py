@@ -70,33 +70,38 @@ def check(context: Context, plan: Plan) -> Program:
 
 
 LAYOUTS = ["llama", "llama_mha", "llama_mqa", "gpt2", "neox", "phi3", "gemma2", "llama_bias"]
-PASSES: list[WidthPass] = [
-    PruneHeads(keep=HALF, score=Fluctuation(), compensate="mean_bias"),
-    PruneHeads(keep=HALF, score=TaylorScore()),
-    PruneHeads(unit="kv_group", keep=HALF, score=Activation()),
-    PruneNeurons(keep=HALF, score=Fluctuation(metric="wifn"), compensate="mean_bias"),
-    PruneNeurons(keep=HALF, score=Magnitude(), allocate=Global()),
-]
+PAIRS: dict[str, tuple[WidthPass, WidthPass]] = {
+    "query-compensated": (
+        PruneHeads(keep=HALF, score=Fluctuation(), compensate="mean_bias"),
+        PruneNeurons(keep=HALF, score=Fluctuation(metric="wifn"), compensate="mean_bias"),
+    ),
+    "kv_group": (
+        PruneHeads(unit="kv_group", keep=HALF, score=Activation()),
+        PruneNeurons(keep=HALF, score=TaylorScore(), allocate=Global()),
+    ),
+}
 
 
-@pytest.mark.parametrize("config", PASSES, ids=lambda c: f"{c.name}-{c.families[0]}-{c.score.kind}")
+@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_cut_equals_mask(name: str, config: WidthPass) -> None:
-    context, plan = planned(config, name)
-    if name == "llama_mqa" and config.families == ("kv_group",):
-        assert not plan.edits
-        assert {decline.reason for decline in plan.declines} == {"it has a single KV head"}
-        return
-    assert len(plan.edits) == 3 or isinstance(getattr(config, "allocate", None), Global)
-    check(context, plan)
+def test_cut_equals_mask(name: str, pair: str) -> None:
+    (context, heads), (_, neurons) = (planned(config, name) for config in PAIRS[pair])
+    assert neurons.edits
+    if name == "llama_mqa" and pair == "kv_group":
+        assert {decline.reason for decline in heads.declines} == {"it has a single KV head"}
+    else:
+        assert len(heads.edits) == 3
+    check(context, Plan(heads.edits + neurons.edits))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_mha", "phi3", "gemma2"])
-@pytest.mark.parametrize("score", [Activation(), Fluctuation()])
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("llama", Activation()), ("llama_mha", Fluctuation()), ("phi3", TaylorScore()), ("gemma2", Magnitude())],
+)
 def test_a_narrower_stream_equals_zeroed_writes(name: str, score: Any) -> None:
     context, plan = planned(PruneHidden(keep=Amount.parse("75%"), score=score), name)
     cut = check(context, plan)
-    assert {node.meta["val"].shape[-1] for node in Views(cut).stream[:-1]} == {24}
+    assert {block.exit.meta["val"].shape[-1] for block in Views(cut).blocks} == {24}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox"])
