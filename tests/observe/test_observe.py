@@ -82,9 +82,7 @@ def watched(llama: LlamaForCausalLM, ids: torch.Tensor) -> dict[str, torch.Tenso
     layer.register_forward_pre_hook(lambda _, args: keep("in", args[0]))
     layer.register_forward_hook(lambda _, args, out: keep("out", out if isinstance(out, torch.Tensor) else out[0]))
     logits = model(ids, use_cache=False).logits
-    loss = sum(
-        torch.nn.functional.cross_entropy(row[:-1], target[1:]) for row, target in zip(logits, ids, strict=True)
-    )
+    loss = sum(torch.nn.functional.cross_entropy(row[:-1], target[1:]) for row, target in zip(logits, ids, strict=True))
     loss.backward()
     return found
 
@@ -153,9 +151,7 @@ def test_streaming_holds_one_segment_of_weights(
 
 def test_flattened_tokens_are_still_tokens(ids: torch.Tensor) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=97, bos_token_id=1, eos_token_id=2, n_embd=32, n_layer=2, n_head=4, n_positions=64
-    )
+    config = GPT2Config(vocab_size=97, bos_token_id=1, eos_token_id=2, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model = GPT2LMHeadModel(config).eval()
     program = capture_model(model)
     down = Views(program).blocks[1].feed_forwards[0].down.x.name
