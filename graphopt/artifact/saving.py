@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,10 +55,12 @@ def save(
     dtype: torch.dtype | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
+    also: Callable[[Path], object] | None = None,
 ) -> SaveReport:
     """Write a checkpoint that `load` and `AutoModelForCausalLM.from_pretrained` read, in one step or not at all.
 
-    `dtype` rounds floating weights once more. `overwrite` replaces an artifact that graphopt wrote. Raises
+    `dtype` rounds floating weights once more. `overwrite` replaces an artifact that graphopt wrote. `also` may write
+    more files into the directory before it appears under its name. Raises
     ArtifactError when the target may not be written, weights are not finite, the disk is full, or `format` is
     `transformers` and no stock config expresses the program (its notes say why).
     """
@@ -67,10 +69,10 @@ def save(
     target = check_target(directory, source=program.origin.path, overwrite=overwrite)
     stock = find_stock(program) if format != "graphopt" else ("the graphopt format was asked for",)
     if isinstance(stock, Stock):
-        return _write(program, target, stock, (), dtype, shard_size)
+        return _write(program, target, stock, (), dtype, shard_size, also)
     if format == "transformers":
         raise refuse(stock)
-    return _write(program, target, None, stock, dtype, shard_size)
+    return _write(program, target, None, stock, dtype, shard_size, also)
 
 
 def _write(
@@ -80,6 +82,7 @@ def _write(
     reasons: tuple[str, ...],
     dtype: torch.dtype | None,
     shard_size: int,
+    also: Callable[[Path], object] | None,
 ) -> SaveReport:
     saved = program if stock is not None or dtype is None else native.recast(program, dtype)
     entries = _stock_entries(program, stock, dtype) if stock is not None else native.weight_entries(saved)
@@ -92,6 +95,8 @@ def _write(
         _copy_companions(program, temporary, cached=stock is not None)
         (temporary / TRAIL_FILE).write_text(trail_to_json(program.trail))
         write_sharded(temporary, "model", entries, shard_size)
+        if also is not None:
+            also(temporary)
         files = tuple(sorted(path.name for path in temporary.iterdir()))
         size = sum(path.stat().st_size for path in temporary.iterdir())
     zeros = tuple(name for name, bound in stock.binding.items() if bound is None) if stock is not None else ()

@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from graphopt.artifact.match import Match, match
-from graphopt.capture.export import capture_module
 from graphopt.diagnostics import ArtifactError, GraphoptError
 from graphopt.ir.program import Program
 
@@ -111,8 +110,8 @@ def _config(search: _Search, values: Values) -> Any:
 
 
 def _capture(search: _Search, values: Values) -> Program | str:
-    """The stock program of a config on meta, or why there is none."""
-    from graphopt.capture.pretrained import build_on_meta, model_inputs
+    """The stock program of a config without weights, or why there is none."""
+    from graphopt.capture.pretrained import capture_config
 
     key = _key(values)
     if key in search.captures:
@@ -122,8 +121,7 @@ def _capture(search: _Search, values: Values) -> Program | str:
         config = _config(search, values)
         if program.origin.architecture is not None:
             config.architectures = [program.origin.architecture]
-        model, buffers = build_on_meta(config, program.dtype)
-        found: Program | str = capture_module(model, model_inputs(model), dims=program.dims, constants=buffers)
+        found: Program | str = capture_config(config, dtype=program.dtype, dims=program.dims)
     except GraphoptError as error:
         found = f"stock config {_short(values)}: {error.diagnostics[0].message}"
     # A config class refuses what it cannot express with whatever its authors chose; the answer is its message.
@@ -240,11 +238,12 @@ def _neighbours(search: _Search, values: Values, found: Match) -> Iterator[Value
         if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
         for new in sorted(sizes.get(value, ()))
     ]
-    if changes and len({key for key, _ in changes}) == len(changes):
+    # One at a time: an attribute of the same value that the graph does not show (a maximal length) must stay.
+    changes.sort(key=lambda change: _SIZE_ATTRIBUTE.search(change[0]) is None)
+    for key, new in changes:
+        yield {**values, key: new}
+    if len(changes) > 1 and len({key for key, _ in changes}) == len(changes):
         yield {**values, **dict(changes)}
-    if len(changes) > 1:
-        for key, new in changes:
-            yield {**values, key: new}
     if "shape" in kinds:
         for key, value in data.items():
             # GPT-2 leaves its inner width to a default; other unset attributes are no sizes.

@@ -93,7 +93,7 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     clone = type(config).from_dict(config.to_dict())
     clone.architectures = [type(model).__name__]
-    empty, _ = build_on_meta(clone, dtype)
+    empty, _ = build_without_weights(clone, dtype)
     tensors = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     origin = Origin(type(model).__name__, config.to_dict(), type(model).__name__, None)
@@ -108,7 +108,7 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
         )
 
 
-def build_on_meta(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def build_without_weights(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The model of a config without weights: fake CPU parameters that take no memory, and its real buffers.
 
     Fake CPU tensors instead of meta ones keep the values of constants that `forward` makes, and take the branches that
@@ -137,7 +137,7 @@ def _capture(
     origin: Origin,
     dims: tuple[Dim, ...],
 ) -> Program:
-    model, buffers = build_on_meta(config, dtype)
+    model, buffers = build_without_weights(config, dtype)
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
     with our_masks():

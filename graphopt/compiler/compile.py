@@ -23,11 +23,12 @@ from graphopt.compiler.verify import verify as verify_step
 from graphopt.cost import cost
 from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, PlanError
 from graphopt.ir.program import Applied, Input, Program
+from graphopt.ir.text import fingerprint
 from graphopt.observe import Statistics
 from graphopt.observe.run import observe
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
-from graphopt.spec import LoadedSpec, ScalarError, StepSpec, load_spec, select_paths
+from graphopt.spec import LoadedSpec, ScalarError, StepSpec, load_spec, select_paths, write_lock
 from graphopt.views import Views
 
 REPORT_AT = {"B": 1, "S": 512}
@@ -122,7 +123,16 @@ def compile(
         saving = spec_values.save
         dtype = getattr(torch, saving.dtype) if saving.dtype else None
         extra = {} if saving.shard_size is None else {"shard_size": int(saving.shard_size)}
-        save(program, out, format=saving.format, dtype=dtype, overwrite=overwrite, lock=resolved.loaded, **extra)
+        facts = {"before": fingerprint(original), "after": fingerprint(program)}
+        save(
+            program,
+            out,
+            format=saving.format,
+            dtype=dtype,
+            overwrite=overwrite,
+            also=lambda directory: write_lock(directory / "spec.lock.yaml", resolved.loaded, facts),
+            **extra,
+        )
         progress.done()
     return program
 
