@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import graphopt
-from graphopt.compiler import evaluate
+from graphopt.compiler.text import evaluate
 from graphopt.diagnostics import GraphoptError
 from graphopt.ir.program import Program
 from graphopt.passkit import PassRegistry

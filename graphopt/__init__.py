@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.artifact import load, save
-    from graphopt.compiler import capture, compile
+    from graphopt.compiler.compile import capture, compile
     from graphopt.ir.program import Program
     from graphopt.passkit import Pass
     from graphopt.spec import load_spec
@@ -23,8 +23,8 @@ __all__ = ["Pass", "Program", "capture", "compile", "load", "load_spec", "save"]
 _HOMES = {
     "Pass": "graphopt.passkit",
     "Program": "graphopt.ir.program",
-    "capture": "graphopt.compiler",
-    "compile": "graphopt.compiler",
+    "capture": "graphopt.compiler.compile",
+    "compile": "graphopt.compiler.compile",
     "load": "graphopt.artifact",
     "load_spec": "graphopt.spec",
     "save": "graphopt.artifact",

@@ -22,7 +22,15 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GATED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 56}
-_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GATED),

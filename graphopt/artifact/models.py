@@ -196,4 +196,3 @@ def register_models() -> None:
     """Make AutoModel and AutoModelForCausalLM return GraphoptForCausalLM for graphopt checkpoints."""
     AutoModel.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
     AutoModelForCausalLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
-

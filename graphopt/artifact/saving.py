@@ -137,5 +137,3 @@ def _copy_companions(program: Program, directory: Path, *, cached: bool) -> None
         settings: Mapping[str, Any] = json.loads(generation.read_text()) if generation.is_file() else {}
         ids = {key: value for key, value in native.token_ids(program).items() if value is not None}
         generation.write_text(json.dumps({**ids, **settings, "use_cache": False}, indent=2) + "\n")
-
-

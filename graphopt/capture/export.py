@@ -111,7 +111,12 @@ def _export(module: torch.nn.Module, specs: tuple[Input, ...], dims: tuple[Dim, 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(
-                module.eval(), (), example, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=False
+                module.eval(),
+                (),
+                example,
+                dynamic_shapes=dynamic,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=False,
             )
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -136,9 +141,7 @@ def _model_line(error: BaseException) -> str | None:
     return found
 
 
-def _alias_groups(
-    module: torch.nn.Module, on_disk: frozenset[str] | None
-) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _alias_groups(module: torch.nn.Module, on_disk: frozenset[str] | None) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For every parameter name its canonical name and the other names of one storage.
 
     Export reads a tied weight under whichever name it met last; we use the name that the checkpoint holds, else the

@@ -58,14 +58,14 @@ def inline_wrappers(graph_module: fx.GraphModule) -> None:
         for node in list(graph_module.graph.nodes):
             if node.op != "call_function" or getattr(node.target, "_name", None) not in _WRAPPERS:
                 continue
-            body_position = next(
-                i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
-            )
+            body_position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
             body_node = node.args[body_position]
             body = getattr(graph_module, body_node.target)
             _inline(graph_module.graph, node, body.graph, node.args[body_position + 1 :])
             changed = True
-        graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.users))
+        graph_module.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.users)
+        )
 
 
 def _inline(graph: fx.Graph, call: fx.Node, body: fx.Graph, arguments: tuple[Any, ...]) -> None:
@@ -256,9 +256,9 @@ def _raise_rms_idiom(graph: fx.Graph, rsqrt: fx.Node) -> None:
     if list(axes) not in ([-1], [mean.meta["val"].dim() - 1]) or not keep:  # type: ignore[union-attr,call-overload]
         return
     square = mean.args[0]  # type: ignore[union-attr]
-    if is_op(square, aten.pow) and square.args[1] == 2:  # type: ignore[union-attr]
-        wide = square.args[0]  # type: ignore[union-attr]
-    elif is_op(square, aten.mul) and square.args[0] is square.args[1]:  # type: ignore[union-attr]
+    if (is_op(square, aten.pow) and square.args[1] == 2) or (
+        is_op(square, aten.mul) and square.args[0] is square.args[1]
+    ):  # type: ignore[union-attr]
         wide = square.args[0]  # type: ignore[union-attr]
     else:
         return

@@ -49,9 +49,7 @@ def capture_pretrained(path: str | Path, *, dims: tuple[Dim, ...] = DEFAULT_DIMS
     return _capture(config, raw, dtype, source, Origin(directory.name, raw, None, str(directory)), dims)
 
 
-def capture_config(
-    config: Any, *, dtype: torch.dtype | None = None, dims: tuple[Dim, ...] = DEFAULT_DIMS
-) -> Program:
+def capture_config(config: Any, *, dtype: torch.dtype | None = None, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Program:
     """Capture a transformers config for its shapes alone: a Program whose weights cannot be read.
 
     Serves planning, cost and golden counts of models that are not on this machine.
@@ -193,7 +191,7 @@ def _resolve(path: str | Path) -> Path:
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if directory.is_absolute() or str(path).startswith("."):
         raise ArtifactError.of("no_model", f"there is no model directory {str(path)!r}")

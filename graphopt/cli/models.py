@@ -90,7 +90,7 @@ def evaluate(
     if not data.is_file():
         raise typer.BadParameter(f"there is no file {str(data)!r}", param_hint="--data")
     program = _capture(model)
-    from graphopt.compiler import evaluate as measure
+    from graphopt.compiler.text import evaluate as measure
     from graphopt.report.page import Page
 
     with reporter() as progress:
@@ -192,7 +192,7 @@ def _end_tokens(program: Program) -> list[int]:
 
 
 def _capture(model: str) -> Program:
-    from graphopt.compiler import capture
+    from graphopt.compiler.compile import capture
 
     with reporter() as progress:
         progress.stage(f"capture {model}", None)

@@ -55,7 +55,7 @@ def run(
         from graphopt.spec import safe_output
 
         out = safe_output(out)
-    from graphopt.compiler import compile
+    from graphopt.compiler.compile import compile
     from graphopt.report.run_report import plain, rich, run_report
 
     with reporter() as progress:
@@ -82,7 +82,7 @@ def run(
 def plan(spec: Spec, model: Model = None, settings: Settings = None, as_json: JSON = False) -> None:
     """Show what each step of a spec would change and what it declines, and why; writes nothing."""
     loaded = _load(spec, settings)
-    from graphopt.compiler import plan_steps
+    from graphopt.compiler.compile import plan_steps
 
     with reporter() as progress:
         planned = plan_steps(model, loaded, progress)
@@ -136,7 +136,7 @@ def schema() -> None:
 
 def _load(spec: Path, settings: list[str] | None) -> LoadedSpec:
     """The valid spec, its facts and order checked, before anything heavy loads."""
-    from graphopt.compiler import resolve
+    from graphopt.compiler.resolve import resolve
     from graphopt.passkit import PassRegistry
     from graphopt.spec import load_spec
 

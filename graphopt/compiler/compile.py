@@ -1,9 +1,9 @@
 """compile: a model and a spec in, a transformed Program out. Read this file first; data flows from top to bottom.
 
-    spec.yaml -> load_spec -> resolve (facts and order; no model yet)
-    model     -> capture   -> Program
-    per step:  views -> observe? -> plan -> edits and declines -> apply -> verify -> cost -> trail
-    checks, then save
+spec.yaml -> load_spec -> resolve (facts and order; no model yet)
+model     -> capture   -> Program
+per step:  views -> observe? -> plan -> edits and declines -> apply -> verify -> cost -> trail
+checks, then save
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def _steps(program: Program, resolved: Resolved, progress: Progress) -> Iterator
             taps = config.observe(context)
             if taps:
                 statistics = _observe(program, taps, resolved, spec, progress)
-                context = Context(
-                    context.views, context.layers, statistics, context.seed, context.paths, context.facts
-                )
+                context = Context(context.views, context.layers, statistics, context.seed, context.paths, context.facts)
             plan = config.plan(context)
             if not plan.edits and not spec.optional:
                 raise PlanError.of(
@@ -207,9 +205,7 @@ def _context(views: Views, step: StepSpec, resolved: Resolved) -> Context:
     return Context(views, layers, seed=resolved.loaded.spec.seed or 0, paths=paths)
 
 
-def _observe(
-    program: Program, taps: Any, resolved: Resolved, step: StepSpec, progress: Progress
-) -> Statistics:
+def _observe(program: Program, taps: Any, resolved: Resolved, step: StepSpec, progress: Progress) -> Statistics:
     text = resolved.loaded.spec.calibration
     if text is None:
         raise PlanError.of("no_calibration", f"{step.use} watches the model run, but the spec has no calibration text")

@@ -37,7 +37,9 @@ def load_text(path: str | Path, tokenizer_dir: str | Path | None) -> torch.Tenso
         raw = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError.of("unreadable_text", f"cannot read {file}: {error}") from error
-    documents = [json.loads(line)["text"] for line in raw.splitlines() if line.strip()] if file.suffix == ".jsonl" else [raw]
+    documents = (
+        [json.loads(line)["text"] for line in raw.splitlines() if line.strip()] if file.suffix == ".jsonl" else [raw]
+    )
     tokens = [token for document in documents for token in tokenizer.encode(document).ids]
     if not tokens:
         raise PlanError.of("empty_text", f"{file} holds no text")

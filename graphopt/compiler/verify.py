@@ -21,11 +21,11 @@ SHAPES = ({"B": 1, "S": 1}, {"B": 2, "S": 7}, {"B": 3, "S": 33})
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:
     """Relative error allowed between two orders of the same sums of `terms` products: 16 eps sqrt(terms)."""
-    return 16 * torch.finfo(dtype).eps * float(terms) ** 0.5
+    return float(16 * torch.finfo(dtype).eps * terms**0.5)
 
 
 def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Inputs at given sizes: random tokens below the embedding's rows, padding with one padded row, positions from it."""
+    """Inputs at given sizes: tokens below the embedding's rows, padding with one padded row, positions from it."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = 2
     for node in program.graph.graph.nodes:

@@ -17,7 +17,7 @@ from graphopt.ir.program import Dim, Entry
 from graphopt.ir.weights import WeightStore
 
 
-class _Propagate(FakeTensorProp):
+class _Propagate(FakeTensorProp):  # type: ignore[misc]
     """Propagate and keep whatever a node returns, symbolic integers included."""
 
     def run_node(self, n: fx.Node) -> Any:

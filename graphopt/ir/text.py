@@ -24,6 +24,7 @@ __all__ = ["diff_text", "fingerprint", "parse_program", "print_program"]
 
 _PYTHON_NAME = {function: name for name, function in PYTHON_OPS.items()}
 
+
 def print_program(program: Program) -> str:
     """The program as text: dimensions, inputs, weights, then one line a node with its module path as a comment.
 

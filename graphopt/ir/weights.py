@@ -292,7 +292,6 @@ class Weight:
     aliases: tuple[str, ...] = ()
 
 
-
 @dataclass(frozen=True)
 class WeightStore:
     """Checkpoint name to weight; ties are data (`Weight.aliases`).
@@ -324,9 +323,7 @@ class WeightStore:
     @cached_property
     def bytes(self) -> int:
         """Bytes of parameters and saved buffers in their storage dtypes."""
-        return sum(
-            _count(w.expr.shape) * w.expr.dtype.itemsize for w in self.weights.values() if w.kind != "constant"
-        )
+        return sum(_count(w.expr.shape) * w.expr.dtype.itemsize for w in self.weights.values() if w.kind != "constant")
 
     def evaluate(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -344,9 +341,9 @@ class WeightStore:
             wide = dtype if dtype == torch.float64 else torch.float32
             value = self._compute(expr, wide)
         stored = value.to(expr.dtype) if dtype != torch.float64 or not expr.dtype.is_floating_point else value
-        if dtype is not None and stored.dtype.is_floating_point and weight.kind != "constant":
-            stored = stored.to(dtype)
-        elif dtype == torch.float64 and stored.dtype.is_floating_point:
+        if (dtype is not None and stored.dtype.is_floating_point and weight.kind != "constant") or (
+            dtype == torch.float64 and stored.dtype.is_floating_point
+        ):
             stored = stored.to(dtype)
         return stored.to(device) if device is not None else stored
 

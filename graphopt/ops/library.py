@@ -55,9 +55,7 @@ def _attention(
         mask = _mask(q, mask, queries, keys, causal, window)
     elif causal or window is not None:
         if mask is None and window is None and softcap is None and sinks is None and queries == keys:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
-            )
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
         visible = _mask(q, None, queries, keys, causal, window)
         if mask is None:
             mask = visible

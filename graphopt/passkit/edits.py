@@ -6,8 +6,10 @@ uncut graph (masked heads, averaged keys, a branch times zero).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -183,7 +185,10 @@ class Cut(Edit):
             packet = getattr(node.target, "overloadpacket", None)
             makes = packet is aten.embedding or (
                 node in views.labels.linears
-                and leaf in leaves(views.labels.weight_axes[views.labels.linears[node].weight][views.labels.linears[node].out_axis])
+                and leaf
+                in leaves(
+                    views.labels.weight_axes[views.labels.linears[node].weight][views.labels.linears[node].out_axis]
+                )
             )
             if not makes or leaf not in leaves(axes[-1]):
                 continue
@@ -192,7 +197,7 @@ class Cut(Edit):
             today = rewriter.node(node)
             weight = rewriter.add_weight(f"mask.{self.unit}.{node.name}", Const(mask, _dtype(node)), "constant")
             masked = rewriter.call(aten.mul.Tensor, today, weight, after=today)
-            rewriter.replace(today, masked, keep=lambda user, made=masked: user is made)
+            rewriter.replace(today, masked, keep=partial(operator.is_, masked))
 
 
 @dataclass(frozen=True, eq=False)

@@ -280,9 +280,7 @@ def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _ancestors(
-    start: Iterable[object], inside: set[fx.Node] | None, stop: set[fx.Node] | None = None
-) -> set[fx.Node]:
+def _ancestors(start: Iterable[object], inside: set[fx.Node] | None, stop: set[fx.Node] | None = None) -> set[fx.Node]:
     """Nodes that the given ones are computed from, themselves included; what lies behind `stop` is left out."""
     found: set[fx.Node] = set()
     stack = [node for node in start if isinstance(node, fx.Node)]

@@ -43,9 +43,7 @@ def diff(
     return found
 
 
-def diff_page(
-    before: Program, after: Program, *, graph: bool = False, names: tuple[str, str] | None = None
-) -> Page:
+def diff_page(before: Program, after: Program, *, graph: bool = False, names: tuple[str, str] | None = None) -> Page:
     """The same as a page."""
     found = diff(before, after, graph=graph, names=names)
     page = Page()

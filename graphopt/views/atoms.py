@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Atom:
         return f"{root.size}" if root.parts is None else f"{root.size}={root.parts.kind}{root.parts.axes}"
 
 
-Axis = tuple[Union[Atom, Dyn], ...]
+Axis = tuple[Atom | Dyn, ...]
 
 
 @dataclass

@@ -30,7 +30,9 @@ def cut(rewriter: Rewriter, labels: Labels, keep: Mapping[Atom, Keep]) -> None:
     for atom in keep:
         reasons = labels.locks.get(atom, [])
         if reasons:
-            raise PlanError.of("locked", f"an axis of {atom.size} cannot be cut: {reasons[0]}", notes=tuple(reasons[1:4]))
+            raise PlanError.of(
+                "locked", f"an axis of {atom.size} cannot be cut: {reasons[0]}", notes=tuple(reasons[1:4])
+            )
     cutter = _Cutter(rewriter, labels, keep)
     for name, axes in labels.weight_axes.items():
         cutter.cut_weight(name, axes)
@@ -145,7 +147,8 @@ class _Cutter:
         x, weight, eps, in_float = today.args
         if weight is None:
             raise PlanError.of(
-                "norm_without_gain", f"the norm at {node.meta.get('path', node.name)} has no gain to fold sqrt(d / d') into"
+                "norm_without_gain",
+                f"the norm at {node.meta.get('path', node.name)} has no gain to fold sqrt(d / d') into",
             )
         scale = float(np.sqrt(before / after))
         self._scale_gain(weight, scale)  # type: ignore[arg-type]

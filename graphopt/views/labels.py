@@ -102,7 +102,10 @@ class Labels:
         return None
 
     def _fresh(self, value: torch.Tensor) -> Axes:
-        return [() if size == 1 else (Atom(size),) if isinstance(size, int) else (Dyn(size.node.expr),) for size in value.shape]
+        return [
+            () if size == 1 else (Atom(size),) if isinstance(size, int) else (Dyn(size.node.expr),)
+            for size in value.shape
+        ]
 
     def _unknown(self, node: fx.Node) -> None:
         reason = f"op {_op_name(node)} at %{node.name} is not understood"
@@ -471,7 +474,9 @@ def _consume(tokens: list[Atom | Dyn], size: Any, where: str) -> Axis | None:
         else:
             factor = token.expr if isinstance(token, Dyn) else sympy.Integer(find(token).size)
             rest = sympy.simplify(size / (have * factor))
-            if isinstance(token, Dyn) and rest.is_Rational and rest < 1 or (isinstance(token, Dyn) and not _whole(rest)):
+            if (isinstance(token, Dyn) and rest.is_Rational and rest < 1) or (
+                isinstance(token, Dyn) and not _whole(rest)
+            ):
                 part = sympy.simplify(have * factor / size)
                 if not _whole(part):
                     return None
@@ -542,10 +547,35 @@ def _table() -> dict[Any, str]:
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
         "_factory": [aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor],
-        "_same": [aten.contiguous, aten.clone, aten.to, aten.alias, aten.dropout, aten.zeros_like, aten.ones_like,
-                  aten.full_like, aten.cumsum, aten.tril, aten.triu, aten.type_as],
-        "_pointwise": [aten.where, aten.masked_fill, aten.add, aten.sub, aten.mul, aten.div, aten.pow, aten.gelu,
-                       aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.softplus],
+        "_same": [
+            aten.contiguous,
+            aten.clone,
+            aten.to,
+            aten.alias,
+            aten.dropout,
+            aten.zeros_like,
+            aten.ones_like,
+            aten.full_like,
+            aten.cumsum,
+            aten.tril,
+            aten.triu,
+            aten.type_as,
+        ],
+        "_pointwise": [
+            aten.where,
+            aten.masked_fill,
+            aten.add,
+            aten.sub,
+            aten.mul,
+            aten.div,
+            aten.pow,
+            aten.gelu,
+            aten.silu,
+            aten.relu,
+            aten.sigmoid,
+            aten.tanh,
+            aten.softplus,
+        ],
     }
     return {packet: name for name, packets in names.items() for packet in packets}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import networkx as nx
 import torch
@@ -124,7 +125,9 @@ class Views:
         for attention in self.attentions:
             for side in ("q", "k", "v", "o"):
                 if getattr(attention, side) is None:
-                    found.append(Unseen(f"attention {attention.path}", attention.core.name, f"{side} is no plain projection"))
+                    found.append(
+                        Unseen(f"attention {attention.path}", attention.core.name, f"{side} is no plain projection")
+                    )
             if attention.kv_group is None and attention.kv_heads > 1:
                 found.append(Unseen(f"attention {attention.path}", attention.core.name, "KV heads have no free axis"))
         if not self.blocks:
@@ -196,7 +199,9 @@ class Views:
                 gate = products[0]
             name = str(getattr(activations[0].target, "overloadpacket", activations[0].target)).split(".")[-1]
             found.append(
-                FeedForward(_common_path(_path(up.node), _path(down.node)), up, gate, down, name, size_of(axis), factors[0])
+                FeedForward(
+                    _common_path(_path(up.node), _path(down.node)), up, gate, down, name, size_of(axis), factors[0]
+                )
             )
         return tuple(found)
 
@@ -254,7 +259,7 @@ class Views:
         points = self.stream
         order = {node: i for i, node in enumerate(self.program.graph.graph.nodes)}
         found = []
-        for entry, exit in zip(points, points[1:], strict=False):
+        for entry, exit in pairwise(points):
             inside = _between(entry, exit)
             has_attention = any(node in cores for node in inside)
             has_ffn = any(node in downs for node in inside)
@@ -401,7 +406,9 @@ def _source_linear(labels: Labels, node: fx.Node) -> Linear | None:
             if packet is torch.ops.graphopt.rotary:
                 stack.append(current.args[0])  # type: ignore[arg-type]
             else:
-                stack.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list))
+                stack.extend(
+                    n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list)
+                )
     return labels.linears[next(iter(found))] if len(found) == 1 else None
 
 
@@ -446,7 +453,12 @@ def _elementwise_sources(labels: Labels, node: fx.Node) -> tuple[list[fx.Node], 
             continue
         packet = getattr(current.target, "overloadpacket", None)
         pointwise = torch.Tag.pointwise in getattr(current.target, "tags", ())
-        if pointwise or _activation(current) or packet in _LAYOUT or getattr(current.target, "__name__", "") == "getitem":
+        if (
+            pointwise
+            or _activation(current)
+            or packet in _LAYOUT
+            or getattr(current.target, "__name__", "") == "getitem"
+        ):
             between.append(current)
             stack.extend(current.all_input_nodes)
         else:

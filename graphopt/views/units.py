@@ -32,7 +32,7 @@ class Consumer:
     @property
     def x(self) -> str:
         """Name of the node that holds its input `[..., features]`."""
-        return self.linear.x.name
+        return str(self.linear.x.name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import CONFIGS, make_model, tokens
 
 from graphopt.capture import capture_model
 from graphopt.views import Views
+from tests.tiny import CONFIGS, make_model, tokens
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
