@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from graphopt.capture import capture_model
+from graphopt.frontend import capture_model
 from graphopt.ir.program import Program
 
 _COMMON: dict[str, Any] = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from graphopt.artifact.native import read_program
 from graphopt.artifact.native_names import MODEL_TYPE, TRAIL_FILE
 from graphopt.artifact.trail import trail_from_json
-from graphopt.capture import capture_pretrained
 from graphopt.diagnostics import ArtifactError
+from graphopt.frontend import capture_pretrained
 from graphopt.ir.program import Program
 
 

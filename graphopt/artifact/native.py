@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import graphopt
 from graphopt.artifact.native_names import CONSTANTS_FILE, GRAPH_FILE, MODEL_TYPE
 from graphopt.artifact.tensors import Entry, write_file
-from graphopt.capture.checkpoint import CheckpointSource
-from graphopt.capture.normalize import drop_no_ops
 from graphopt.diagnostics import ArtifactError
+from graphopt.frontend.checkpoint import CheckpointSource
+from graphopt.frontend.normalize import drop_no_ops
 from graphopt.ir.program import Origin, Program
 from graphopt.ir.run import specialised
 from graphopt.ir.shapes import propagate

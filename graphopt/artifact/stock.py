@@ -111,7 +111,7 @@ def _config(search: _Search, values: Values) -> Any:
 
 def _capture(search: _Search, values: Values) -> Program | str:
     """The stock program of a config without weights, or why there is none."""
-    from graphopt.capture.pretrained import capture_config
+    from graphopt.frontend.pretrained import capture_config
 
     key = _key(values)
     if key in search.captures:

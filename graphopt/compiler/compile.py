@@ -149,7 +149,7 @@ def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: A
 
     Raises ArtifactError when files are wrong, CaptureError when the model cannot be captured.
     """
-    from graphopt.capture import capture_model, capture_module
+    from graphopt.frontend import capture_model, capture_module
 
     if isinstance(model, Program):
         return model

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from graphopt.diagnostics import ArtifactError
+
 Index = tuple[int, ...]
 
 
@@ -352,7 +354,15 @@ class WeightStore:
             return expr.value
         if self.source is None:
             raise LookupError(f"this program was captured without weights, so {expr.name!r} cannot be read")
-        return self.source.get(expr.name)
+        value = self.source.get(expr.name)
+        if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise ArtifactError.of(
+                "not_finite",
+                f"tensor {expr.name!r} holds {count} NaN or infinite values of {value.numel()}",
+                help=("nothing useful can be made from this checkpoint: copy it again or train it further",),
+            )
+        return value
 
     def _compute(self, expr: Expr, wide: torch.dtype) -> torch.Tensor:
         if isinstance(expr, Source | Const):

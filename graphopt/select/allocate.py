@@ -189,10 +189,10 @@ def explicit(view: Candidate, keep: Sequence[int]) -> tuple[int, ...] | tuple[tu
 def _missed(
     name: str, of: str, target: Fraction, total: int, tolerance: Fraction, nearest: Sequence[int]
 ) -> BudgetError:
-    shown = [f"{float(Fraction(value, total)):.4%} ({value:,})" for value in nearest]
+    shown = [f"{float(Fraction(value, total)) * 100:.4g}% ({value:,})" for value in nearest]
     return BudgetError.of(
         "budget_missed",
-        f"{name}: {float(target):,.6g} of {total:,} {of} cannot be kept within {float(tolerance):.4g}",
+        f"{name}: {float(target):,.6g} of {total:,} {of} cannot be kept within {float(tolerance) * 100:.4g}%",
         notes=("the nearest that can be kept: " + " and ".join(shown),) if shown else (),
         help=("ask for one of these, or allow more under allocate: {tolerance: ...}",),
     )

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import fx
 
-from graphopt.capture import capture_pretrained
+from graphopt.frontend import capture_pretrained
 from graphopt.ir.program import Program
 from graphopt.ir.purity import eliminate_dead_code
 from graphopt.ir.shapes import propagate

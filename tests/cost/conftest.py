@@ -48,7 +48,7 @@ _CAPTURED: dict[str, Any] = {}
 
 def tiny_program(name: str) -> Any:
     """A program of a tiny config, captured once a session."""
-    from graphopt.capture import capture_config
+    from graphopt.frontend import capture_config
 
     if name not in _CAPTURED:
         import torch

@@ -101,7 +101,7 @@ def test_uneven_programs_count_as_they_run(name: str, program_of: Any, uneven: A
 
 
 def test_an_op_without_a_formula_is_listed() -> None:
-    from graphopt.capture import capture_module
+    from graphopt.frontend import capture_module
     from graphopt.ir.program import Input
 
     class Odd(torch.nn.Module):

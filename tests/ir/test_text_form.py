@@ -12,15 +12,15 @@ import torch
 import transformers
 from torch import fx
 
-from graphopt.capture import capture_config
 from graphopt.diagnostics import ArtifactError
+from graphopt.frontend import capture_config
 from graphopt.ir.program import Program
 from graphopt.ir.text import diff_text, fingerprint, parse_program, print_program
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 MAKE = """
 import transformers
-from graphopt.capture import capture_config
+from graphopt.frontend import capture_config
 from graphopt.ir.text import fingerprint
 print(fingerprint(capture_config(transformers.Qwen2Config(num_key_value_heads=2, **{})))) 
 """
@@ -122,7 +122,7 @@ def with_line(text: str, line: str) -> str:
         ("%x = aten.add.Tensor($input_ids, 1, **evil)", "bad_graph", "'*'"),
         ("%x = aten.add.Tensor($nothing, 1)", "bad_graph", "not defined"),
         ("%x = aten.add.Tensor(%later, 1)", "bad_graph", "not defined"),
-        ("%x = aten.add.Tensor($input_ids, \"1\")", "bad_graph", "string"),
+        ('%x = aten.add.Tensor($input_ids, "1")', "bad_graph", "string"),
         ("%x = aten.add.Tensor($input_ids, 1", "bad_graph", "expected"),
         ("%x = aten.add.Tensor($input_ids, lambda)", "bad_graph", "lambda"),
         ("%x = aten.mm.default($input_ids, $input_ids, $input_ids)", "bad_graph", "not well typed"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from graphopt.capture.pretrained import capture_model
 from graphopt.diagnostics import PlanError
+from graphopt.frontend.pretrained import capture_model
 from graphopt.ir.program import Program
 from graphopt.ir.weights import MemorySource
 from graphopt.observe import Tap, observe, perplexity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig
 
-from graphopt.capture import capture_config
+from graphopt.frontend import capture_config
 from graphopt.passes.width.prune_heads import PruneHeads
 from graphopt.passes.width.prune_neurons import PruneNeurons
 from graphopt.passkit import Context

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim as ExportDim
 from torch.export.graph_signature import InputKind, OutputKind
 
-from graphopt.capture.normalize import normalize
 from graphopt.diagnostics import CaptureError
+from graphopt.frontend.normalize import normalize
 from graphopt.ir.program import Dim, Entry, Input, Origin, Program
 from graphopt.ir.purity import eliminate_dead_code
 from graphopt.ir.shapes import propagate

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.capture.raise_attention import raise_spelled_attention
+from graphopt.frontend.raise_attention import raise_spelled_attention
 from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten

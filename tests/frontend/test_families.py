@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.capture import capture_model
+from graphopt.frontend import capture_model
 from graphopt.views import Views
 from tests.tiny import CONFIGS, make_model, tokens
 

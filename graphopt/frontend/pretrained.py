@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
-from graphopt.capture.checkpoint import CheckpointSource
-from graphopt.capture.export import DEFAULT_DIMS, capture_module
 from graphopt.diagnostics import ArtifactError, CaptureError
+from graphopt.frontend.checkpoint import CheckpointSource
+from graphopt.frontend.export import DEFAULT_DIMS, capture_module
 from graphopt.ir.program import Dim, Input, Origin, Program
 from graphopt.ir.weights import MemorySource
 
