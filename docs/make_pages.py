@@ -17,9 +17,16 @@ def option_rows(pass_class: type[Pass]) -> list[str]:
     rows = []
     for name, field in schema.get("properties", {}).items():
         required = name in schema.get("required", [])
-        default = "required" if required else f"`{field.get('default')}`"
+        default = "required" if required else f"`{_default(field.get('default'))}`"
         rows.append(f"| `{name}` | {_kind(field, schema)} | {default} | {field.get('description', '')} |")
     return rows
+
+
+def _default(value: Any) -> str:
+    """The shortest YAML of a default: a block by its kind when its options are their own defaults."""
+    if isinstance(value, dict) and "kind" in value:
+        return str(value["kind"])
+    return "none" if value is None else str(value)
 
 
 def _kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -39,7 +46,8 @@ def _kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
         kind = field["properties"].get("kind", {}).get("const")
         inner = ", ".join(name for name in field["properties"] if name != "kind")
         return f"`{{kind: {kind}{', ' + inner if inner else ''}}}`" if kind else f"`{{{inner}}}`"
-    return str(field.get("type", "any"))
+    kind = field.get("type", "any")
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
 def page(name: str, pass_class: type[Pass]) -> str:

@@ -48,7 +48,7 @@ class Pass(BaseModel):
     Subclasses set `name` (as in YAML `use:`), `effect`, and the facts they need, forbid, add and drop.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     name: ClassVar[str] = ""
     effect: ClassVar[Effect] = Effect.APPROXIMATE

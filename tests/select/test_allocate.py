@@ -45,7 +45,7 @@ def test_rows_keep_equally_many() -> None:
 
 def test_uniform_meets_each_view_or_says_what_it_can() -> None:
     assert uniform([view(range(8), keep="3/4"), view(range(172), keep="7/8")], PERCENT) == [6, 151]
-    with pytest.raises(BudgetError, match=r"v: 6\.4 of 8 units cannot be kept within 0\.01") as caught:
+    with pytest.raises(BudgetError, match=r"v: 6\.4 of 8 units cannot be kept within 1%") as caught:
         uniform([view(range(8), keep="4/5")], PERCENT)
     assert "75.0000% (6) and 87.5000% (7)" in str(caught.value)
     assert uniform([view(range(8), keep="4/5")], Fraction(1, 10)) == [6]
