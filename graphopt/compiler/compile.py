@@ -210,8 +210,16 @@ def _observe(program: Program, taps: Any, resolved: Resolved, step: StepSpec, pr
     if text is None:
         raise PlanError.of("no_calibration", f"{step.use} watches the model run, but the spec has no calibration text")
     made = batches(program, text.data, text.samples, text.seq, text.batch, text.seed)
-    progress.stage(f"observe for {step.id}", None)
-    found = observe(program, taps, made)
+    seen = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal seen
+        if seen == 0:
+            progress.stage(f"observe for {step.id}", total)
+        progress.advance(done - seen)
+        seen = done
+
+    found = observe(program, taps, made, progress=tell)
     progress.done()
     return found
 
@@ -220,8 +228,8 @@ def _measure(program: Program, resolved: Resolved, progress: Progress) -> dict[s
     text = resolved.loaded.spec.evaluation
     if text is None:
         return {}
-    progress.stage("evaluate", None)
-    found = evaluate(program, text.data, text.samples, text.seq)
+    progress.stage("evaluate", text.samples)
+    found = evaluate(program, text.data, text.samples, text.seq, tell=progress.advance)
     progress.done()
     return {"perplexity": found["perplexity"], "nats_per_token": found["nats_per_token"], "tokens": found["tokens"]}
 

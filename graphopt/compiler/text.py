@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,25 @@ def batches(
 
 
 def evaluate(
-    program: Program, data: str | Path, samples: int = 64, seq: int = 256, batch: int = 8
+    program: Program,
+    data: str | Path,
+    samples: int = 64,
+    seq: int = 256,
+    batch: int = 8,
+    tell: Callable[[int], object] | None = None,
 ) -> dict[str, float | int]:
-    """Perplexity of a program on a text: nats a token, its exponential, and how many tokens were predicted."""
-    import math
+    """Perplexity of a program on a text: nats a token, its exponential, and how many tokens were predicted.
 
-    nats, count = perplexity(program, batches(program, data, samples, seq, batch))
+    `tell(n)` is called when n more sequences begin.
+    """
+
+    def told() -> Iterator[dict[str, torch.Tensor]]:
+        for inputs in batches(program, data, samples, seq, batch):
+            if tell is not None:
+                tell(len(next(iter(inputs.values()))))
+            yield inputs
+
+    nats, count = perplexity(program, told())
     return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": count}
 
 
