@@ -183,8 +183,10 @@ def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list
                 raise Unfit(f"%{node.name} normalises all heads together")
             normed = True
             numbers[node] = source
-        elif packet is aten.to and source is not None:
+        elif source is not None and (packet is aten.to or _scales(node)):
             numbers[node] = source
+        elif not isinstance(node.meta.get("val"), Tensor | tuple | list):
+            continue
         elif packet in _LAYOUT or node.target is operator.getitem:
             arguments = fx.node.map_arg(node.args, lambda n: numbers[n] if n in numbers else _one(n))
             keywords = fx.node.map_arg(node.kwargs, lambda n: numbers[n] if n in numbers else _one(n))
@@ -195,12 +197,19 @@ def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list
     return turned, normed
 
 
+def _scales(node: fx.Node) -> bool:
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in (aten.mul, aten.div) and isinstance(node.args[1], int | float)
+
+
 def _one(node: fx.Node) -> int:
-    """The value of a symbolic size when batch and length are 1."""
+    """A symbolic size when batch and length are 1; one that counts heads as well would not follow a change of heads."""
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt):
         expr = value.node.expr
-        return int(expr.subs({symbol: 1 for symbol in expr.free_symbols}))
+        if int(expr.subs({symbol: 1 for symbol in expr.free_symbols})) != 1:
+            raise Unfit(f"%{node.name} counts batch and heads together; cleanup may take it out")
+        return 1
     if isinstance(value, int):
         return value
     raise Unfit(f"%{node.name} joins a projection before the attention")

@@ -221,7 +221,18 @@ Check = Callable[[fx.Node, fx.Node, dict[fx.Node, fx.Node]], fx.Node | None]
 
 
 def _reshaped(node: fx.Node, source: fx.Node, stands: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """What has the same shape already: the source, or what the source itself only reshaped."""
+    before = source
+    while not _alike(node, before) and getattr(before.target, "overloadpacket", None) in _RESHAPES:
+        before = stands[before.args[0]]  # type: ignore[index]
+    return before
+
+
+def _given(node: fx.Node, source: fx.Node, stands: dict[fx.Node, fx.Node]) -> fx.Node | None:
     return source
+
+
+_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view)
 
 
 def _number(node: fx.Node) -> float:
@@ -280,8 +291,8 @@ _IDENTITIES: dict[Any, Check] = {
     aten.view: _reshaped,
     aten.reshape: _reshaped,
     aten._unsafe_view: _reshaped,
-    aten.expand: _reshaped,
-    aten.alias: _reshaped,
+    aten.expand: _given,
+    aten.alias: _given,
     aten.slice: lambda node, source, stands: source if len(node.args) < 5 or node.args[4] == 1 else None,
     aten.to: _cast,
     aten.mul: _neutral(1.0),
