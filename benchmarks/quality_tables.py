@@ -100,6 +100,13 @@ def markdown(base: dict[str, Any], found: list[tuple[str, dict[str, Any]]]) -> s
         f" {base['parameters']:,} parameters.",
         "",
     ]
+    lines += ["## Orderings on the calibration text", ""]
+    lines += [
+        *_ordering(found, "compensate", "mean_bias", "none"),
+        *_ordering(found, "init", "svd", "mean"),
+        *_ordering(found, "grouping", "similarity", "order"),
+        "",
+    ]
     for title in dict.fromkeys(title for title, _ in found):
         group = [row for name, row in found if name == title]
         keys = [key for key in group[0]["step"] if key not in ("use", "unit")]
@@ -122,6 +129,27 @@ def markdown(base: dict[str, Any], found: list[tuple[str, dict[str, Any]]]) -> s
     return "\n".join(lines)
 
 
+def _ordering(found: list[tuple[str, dict[str, Any]]], key: str, better: str, worse: str) -> list[str]:
+    """How often one value of an option is at least as good as another with all else equal, and where it is not."""
+    figures = {json.dumps(row["step"], sort_keys=True): row["calibration"] for _, row in found if "refused" not in row}
+    won, lost = 0, []
+    for _, row in found:
+        step = row["step"]
+        other = json.dumps({**step, key: worse}, sort_keys=True)
+        if step.get(key) != better or "refused" in row or other not in figures:
+            continue
+        if row["calibration"] <= figures[other]:
+            won += 1
+        else:
+            rest = ", ".join(f"{k} {_cell(v)}" for k, v in step.items() if k not in (key, "use", "unit"))
+            lost.append(f"{step['use']} ({rest}): {row['calibration']:.3f} against {figures[other]:.3f}")
+    total = won + len(lost)
+    return [
+        f"- `{key}: {better}` is at least as good as `{worse}` in {won} of {total} pairs.",
+        *(f"  - not in {x}" for x in lost),
+    ]
+
+
 def _cell(value: Any) -> str:
     return f"{value['kind']} {value['metric']}" if isinstance(value, dict) else str(value)
 
@@ -131,7 +159,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=64, help="sequences of 256 tokens to calibrate and evaluate on")
     parser.add_argument("--only", help="one table")
+    parser.add_argument("--page", action="store_true", help="only write the page again, from the stored figures")
     arguments = parser.parse_args()
+    results = ROOT / "benchmarks" / "results" / "quality.json"
+    if arguments.page:
+        stored = json.loads(results.read_text())
+        found = [(row["step"]["use"], row) for row in stored["rows"]]
+        (ROOT / "docs" / "quality.md").write_text(markdown(stored["base"], found))
+        return
     torch.manual_seed(0)
     program = graphopt.capture(MODEL)
     base = {
@@ -147,7 +182,6 @@ def main() -> None:
             print(json.dumps(row), file=sys.stderr, flush=True)
     if arguments.only is None:
         (ROOT / "docs" / "quality.md").write_text(markdown(base, found))
-        results = ROOT / "benchmarks" / "results" / "quality.json"
         results.write_text(json.dumps({"base": base, "rows": [row for _, row in found]}, indent=1) + "\n")
     else:
         print(markdown(base, found))

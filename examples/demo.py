@@ -13,10 +13,13 @@ OUT = ROOT / "out" / "demo"
 def graphopt(*arguments: str) -> None:
     """Run the command line as a user would, showing the command."""
     print("\n$ graphopt " + " ".join(arguments), flush=True)
-    subprocess.run([sys.executable, "-m", "graphopt.cli", *arguments], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "graphopt", *arguments], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
     graphopt("run", "specs/recipes/demo.yaml", "--out", str(OUT.relative_to(ROOT)), "--overwrite")
     graphopt("diff", "examples/tiny_lm", "out/demo")
-    graphopt("generate", "out/demo", "--prompt", "def read_lines(path):\n", "--max-new-tokens", "80")
+    prompt = "class Reader:\n    def __init__(self, path, mode):\n"
+    graphopt(
+        "generate", "out/demo", "--prompt", prompt, "--max-new-tokens", "90", "--temperature", "0.7", "--top-k", "20"
+    )
