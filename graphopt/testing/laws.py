@@ -26,7 +26,7 @@ from graphopt.ir.purity import is_pure
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.shapes import propagate
 from graphopt.ir.text import fingerprint
-from graphopt.passkit import Effect, Pass
+from graphopt.passkit import Effect, Pass, Skip
 from graphopt.spec import parse_spec
 from graphopt.testing.trial import SHAPES, LawBroken, Refused, Trial, trial
 from graphopt.views import Views
@@ -173,8 +173,14 @@ def second_run_is_declared(case: Trial) -> None:
 
 @_law
 def nothing_left_behind(case: Trial) -> None:
-    """No node that nobody reads, no weight without a reader, every shape as propagation says it."""
+    """Nothing of what was removed stays: no node or weight that nobody reads, no shape but what propagation says."""
     law, after = "nothing_left_behind", case.after
+    for edit in case.plan.edits:
+        if isinstance(edit, Skip):
+            sublayers = case.views.blocks[edit.index].sublayers
+            gone = {n.name for i in edit.parts or range(len(sublayers)) for n in sublayers[i].nodes}
+            stays = sorted(gone & set(after.nodes))
+            _require(not stays, law, f"{edit.candidate} is skipped, but %{', %'.join(stays)} of it stay")
     read = set()
     for node in after.graph.graph.nodes:
         if node.op == "placeholder" and "weight" in node.meta:

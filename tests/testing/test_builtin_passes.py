@@ -1,0 +1,64 @@
+"""Every built-in pass under every law, on a fixed pool of varied models, and what each ordered pair does."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields
+
+import pytest
+
+from graphopt.passkit import PassRegistry
+from graphopt.passkit.registry import BUILT_IN
+from graphopt.testing import laws_of
+from graphopt.testing.laws import composes_or_is_refused
+from graphopt.testing.models import Shape, build
+from graphopt.testing.strategies import covering
+from graphopt.testing.trial import Refused, trial
+
+
+POOL = covering(12)
+EXAMPLES = 12
+PLAIN = {
+    "cleanup": {},
+    "prune_heads": {"keep": "50%", "unit": "kv_group"},
+    "prune_hidden": {"keep": "50%"},
+    "prune_neurons": {"keep": "40%"},
+    "prune_units": {"units": ("query", "neuron"), "keep": "60%", "allocate": {"kind": "global", "tolerance": "50%"}},
+    "regroup_kv": {"kv_heads": "kv_heads / 2"},
+    "skip_layers": {"layers": 1},
+}
+MODEL = Shape(
+    layers=3, heads=8, kv_heads=4, head_dim=4, hidden=8, neurons=10, gated=True, positions="rotary", tied=True
+)
+_REGISTRY = PassRegistry()
+
+for _name in BUILT_IN:
+    _class = _REGISTRY.get(_name)
+    globals()[f"Test{_class.__name__}"] = laws_of(_class, max_examples=EXAMPLES, shapes=POOL)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(PLAIN, PLAIN)))
+def test_every_ordered_pair_composes_or_is_refused_in_words(first: str, second: str) -> None:
+    program = build(MODEL)
+    one, two = (_REGISTRY.get(name).model_validate(dict(PLAIN[name])) for name in (first, second))
+    assert trial(one, program).plan.edits or first == "cleanup"
+    try:
+        composes_or_is_refused(one, two, program)
+    except Refused as refusal:
+        assert len(str(refusal)) > 10  # noqa: PT017
+
+
+def test_pairs_cover_every_built_in_pass() -> None:
+    assert set(PLAIN) == set(BUILT_IN)
+
+
+def test_pool_covers_every_structural_choice() -> None:
+    plain = Shape()
+    for item in fields(Shape):
+        values = {getattr(shape, item.name) for shape in POOL}
+        assert len(values) > 1, item.name
+        if isinstance(getattr(plain, item.name), bool):
+            assert values == {False, True}, item.name
+    assert {shape.place for shape in POOL} == {"pre", "post", "sandwich", "parallel"}
+    assert {shape.positions for shape in POOL} == {"none", "rotary", "partial", "learned"}
+    assert {shape.dtype for shape in POOL} == {"float32", "bfloat16", "float64"}
