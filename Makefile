@@ -36,7 +36,7 @@ tables: setup
 	$(BIN)/python benchmarks/quality_tables.py
 
 fuzz: setup
-	FUZZ_MINUTES=$(FUZZ_MINUTES) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m fuzz
+	$(BIN)/python -m graphopt.testing.fuzz --minutes $(FUZZ_MINUTES) --out out/fuzz
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -10,6 +10,7 @@ import typer
 from graphopt import __version__
 from graphopt.cli import doctor, models, specs
 from graphopt.cli.output import INTERRUPTED
+from graphopt.cli.shrink import shrink
 
 app = typer.Typer(
     name="graphopt",
@@ -46,6 +47,7 @@ app.command("generate")(models.generate)
 app.command("passes")(specs.passes)
 app.command("schema")(specs.schema)
 app.command("doctor")(doctor.doctor)
+app.command("shrink")(shrink)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from graphopt.testing.models import Shape, build
 from graphopt.testing.strategies import covering
 from graphopt.testing.trial import Refused, trial
 
-
 POOL = covering(12)
 EXAMPLES = 12
 PLAIN = {
