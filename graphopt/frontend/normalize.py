@@ -98,7 +98,7 @@ def drop_asserts(graph: fx.Graph) -> None:
 
 
 def drop_no_ops(graph: fx.Graph) -> None:
-    """Remove evaluation-mode dropout, aliases, detaches and casts to the dtype a tensor already has."""
+    """Remove evaluation-mode dropout, aliases, detaches, products by 1, and casts and reshapes to what a tensor is."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -106,6 +106,10 @@ def drop_no_ops(graph: fx.Graph) -> None:
         if not isinstance(source, fx.Node):
             continue
         drop = is_op(node, aten.alias, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.lift_fresh)
+        if is_op(node, aten.mul) and len(node.args) == 2 and isinstance(node.args[1], int | float):
+            drop = node.args[1] == 1 and source.meta["val"].dtype == node.meta["val"].dtype
+        if is_op(node, aten.view, aten.reshape):
+            drop = [str(size) for size in source.meta["val"].shape] == [str(size) for size in node.meta["val"].shape]
         if is_op(node, aten.dropout, aten.dropout_, aten.feature_dropout):
             drop = not node.args[2] or node.args[1] == 0
         if is_op(node, aten.to, aten.type_as, aten._to_copy):
