@@ -184,6 +184,9 @@ class Windows:
             if self.random.random() < self.repeat_share:
                 other = self._next_window(length)
                 chunk = window[: self.random.randint(length // 8, length // 3)]
+                if self.random.random() < 0.5:
+                    # Out of order, the chunk can be foretold by copying only.
+                    chunk = chunk[self.random.sample(range(len(chunk)), len(chunk))]
                 gap = self.random.randint(1, length // 4)
                 window = np.concatenate([chunk, other[:gap], chunk, other[gap:]])[: length + 1]
             result.append(window)

@@ -19,6 +19,8 @@ import os
 import re
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +54,12 @@ CALIBRATION_CHARACTERS = 200_000
 ROUNDING_TOLERANCE = 0.003
 # Long enough to be made of several tokens, and an underscore, digit or inner capital tells it from a word of prose.
 NAME = re.compile(r"\b(?=\w*[a-z][A-Z]|\w*\w_\w|[A-Za-z_]+\d)[A-Za-z_]\w{3,}\b")
+# None ends in white space: the tokenizer joins a line break to the indentation that follows it.
 PROMPTS = (
-    "def read_lines(path, encoding=None):\n",
-    "class ConnectionPool:\n",
+    "def read_lines(path, encoding=None):",
+    "class ConnectionPool:",
     "The with statement is used to",
-    "import os\nimport sys\n\n",
+    "import os\nimport sys",
 )
 
 
@@ -127,9 +130,9 @@ def name_masks(text: str, offsets: list[tuple[int, int]], length: int) -> tuple[
     return first, later
 
 
-def schedule(progress: float, warmup: float = 0.01, decay: float = 0.5) -> float:
-    """Learning-rate factor at ``progress`` in [0, 1] of the budget: warm-up, plateau, linear decay to zero."""
-    return max(0.0, min(1.0, progress / warmup, (1.0 - progress) / decay))
+def schedule(progress: float, fresh_steps: int, warmup_steps: int = 30, decay: float = 0.5) -> float:
+    """Learning-rate factor at ``progress`` in [0, 1], ``fresh_steps`` after the optimizers began: WSD to zero."""
+    return max(0.0, min(1.0, (fresh_steps + 1) / warmup_steps, (1.0 - progress) / decay))
 
 
 def save_weights(model: LlamaForCausalLM, path: Path, dtype: torch.dtype) -> None:
@@ -163,14 +166,45 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     write_json(path, config)
 
 
+def loss_and_gradients(
+    model: LlamaForCausalLM, parameters: list[torch.nn.Parameter], batch: torch.Tensor
+) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """Mean loss in nats of ``batch`` ``[rows, length + 1]`` and its gradients, on one core."""
+    torch.set_num_threads(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = token_losses(model, batch).mean()
+    return loss.item(), torch.autograd.grad(loss, parameters)
+
+
 def train(
-    documents: list[np.ndarray], heldout: np.ndarray, checkpoint: Path, minutes: float, repeat_share: float, seed: int
+    documents: list[np.ndarray],
+    heldout: np.ndarray,
+    checkpoint: Path,
+    minutes: float,
+    repeat_share: float,
+    seed: int,
+    batch_tokens: int,
+    workers: int,
+    resume: bool,
 ) -> None:
     """Train for ``minutes`` of wall time and leave float32 weights and the learning curve in ``checkpoint``."""
     torch.manual_seed(seed)
     model = build_model()
-    windows = Windows(documents, repeat_share, seed)
+    record: dict[str, object] = {"budget_minutes": minutes, "repeat_share": repeat_share, "seed": seed}
+    curve: list[dict[str, float]] = []
+    tokens = step = 0
+    began = saved = time.monotonic()
+    if resume:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+        earlier = json.loads((checkpoint / "curve.json").read_text(encoding="utf-8"))
+        tokens, step, curve = earlier["tokens"], earlier["steps"], earlier["curve"]
+        began -= 60 * earlier["minutes"]
+        record["resumed_at_steps"] = [*earlier.get("resumed_at_steps", []), step]
+    record["batch_tokens"] = batch_tokens
+    resumed_step = step
+    windows = Windows(documents, repeat_share, seed + step)
     probe = cut_windows(heldout)[::6]
+    parameters = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -178,29 +212,37 @@ def train(
         torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    curve: list[dict[str, float]] = []
-    record: dict[str, object] = {"budget_minutes": minutes, "repeat_share": repeat_share, "seed": seed}
-    began = saved = time.monotonic()
-    tokens = step = 0
     recent: list[float] = []
+
+    def save() -> None:
+        spent = round((time.monotonic() - began) / 60, 2)
+        save_weights(model, checkpoint / "model.safetensors", torch.float32)
+        write_json(
+            checkpoint / "curve.json", record | {"minutes": spent, "tokens": tokens, "steps": step, "curve": curve}
+        )
+
+    # One thread per share of the batch: threads that meet once a step stay fast on a machine that others use too,
+    # where threads that meet inside every operation wait for one another.
+    pool = ThreadPoolExecutor(workers)
     while (progress := (time.monotonic() - began) / (60 * minutes)) < 1.0:
         # Short windows are cheaper while the model still learns what is near.
-        rows, length = (32, 256) if progress < 0.6 else (16, 512)
+        length = CONTEXT // 2 if progress < 0.7 else CONTEXT
+        rows = batch_tokens // length
         for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * schedule(progress)
+            optimizer.param_groups[0]["lr"] = rate * schedule(progress, step - resumed_step)
         model.train()
-        batch = torch.from_numpy(windows.batch(rows, length))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = token_losses(model, batch).mean()
-        loss.backward()
+        parts = torch.from_numpy(windows.batch(rows, length)).chunk(workers)
+        results = list(pool.map(partial(loss_and_gradients, model, parameters), parts))
+        shares = [len(part) / rows for part in parts]
+        for index, parameter in enumerate(parameters):
+            parameter.grad = sum(share * result[1][index] for share, result in zip(shares, results, strict=True))
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
-        recent.append(loss.item())
+        recent.append(sum(share * result[0] for share, result in zip(shares, results, strict=True)))
         tokens += rows * length
         step += 1
-        if step % 200 == 0 or step == 20:
+        if step % 100 == 0 or step == 20:
             fresh, repeated = induction_losses(model)
             point = {
                 "minutes": round((time.monotonic() - began) / 60, 2),
@@ -215,12 +257,10 @@ def train(
             curve.append(point)
             print(json.dumps(point), flush=True)
         if time.monotonic() - saved > 180:
-            save_weights(model, checkpoint / "model.safetensors", torch.float32)
-            write_json(checkpoint / "curve.json", record | {"tokens": tokens, "steps": step, "curve": curve})
+            save()
             saved = time.monotonic()
-    save_weights(model, checkpoint / "model.safetensors", torch.float32)
-    record |= {"minutes": round((time.monotonic() - began) / 60, 2), "tokens": tokens, "steps": step, "curve": curve}
-    write_json(checkpoint / "curve.json", record)
+    save()
+    pool.shutdown()
 
 
 def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
@@ -298,7 +338,7 @@ def finish(documents: list[np.ndarray], heldout_text: str, checkpoint: Path, out
 
 
 def plot_curve(curve: list[dict[str, float]], ngram_loss: float, path: Path) -> None:
-    """Draw held-out, training and repeated-random loss in nats over millions of tokens."""
+    """Draw the losses of the curve in nats over millions of tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -307,10 +347,16 @@ def plot_curve(curve: list[dict[str, float]], ngram_loss: float, path: Path) -> 
 
     tokens = [point["tokens"] / 1e6 for point in curve]
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("train", "training"), ("heldout", "held out"), ("repeated", "random tokens, repeated")):
+    labels = {
+        "train": "training",
+        "heldout": "held out, every sixth window",
+        "random": "random tokens",
+        "repeated": "the same random tokens again",
+    }
+    for key, label in labels.items():
         axes.plot(tokens, [point[key] for point in curve], label=label, linewidth=1.2)
     axes.axhline(ngram_loss, linestyle="--", color="grey", linewidth=1, label="5-gram, held out")
-    axes.set(xlabel="tokens seen (millions)", ylabel="nats per token", ylim=(0, 8))
+    axes.set(xlabel="tokens seen (millions)", ylabel="nats per token", ylim=(0, 13))
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -328,13 +374,13 @@ def main() -> None:
         default=Path(tempfile.gettempdir()) / "tiny_lm_checkpoint",
         help="folder of the float32 weights written every three minutes",
     )
-    parser.add_argument("--repeat-share", type=float, default=0.05, help="share of windows that repeat a chunk")
+    parser.add_argument("--repeat-share", type=float, default=0.1, help="share of windows that repeat a chunk")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one step")
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="threads that share a batch")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, within the same budget")
     parser.add_argument("--finish-only", action="store_true", help="measure and save the last checkpoint as it is")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     options.checkpoint_dir.mkdir(parents=True, exist_ok=True)
 
@@ -353,7 +399,17 @@ def main() -> None:
         flush=True,
     )
     if not options.finish_only:
-        train(documents, heldout, options.checkpoint_dir, options.minutes, options.repeat_share, options.seed)
+        train(
+            documents,
+            heldout,
+            options.checkpoint_dir,
+            options.minutes,
+            options.repeat_share,
+            options.seed,
+            options.batch_tokens,
+            options.workers,
+            options.resume,
+        )
     finish(documents, heldout_text, options.checkpoint_dir, options.out)
 
 
