@@ -155,13 +155,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the tokenizer into ``out`` in a form that transformers 4 and 5 both load."""
+    """Write the tokenizer into ``out`` under the class name that transformers used before version 5."""
     tokenizer.model_max_length = CONTEXT
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("backend", None)
-    # Version 5 writes a class name that version 4 does not know, and reads the older name as well.
+    # Version 5 reads the older name as well; an older version cannot know the newer one.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, config)
 
