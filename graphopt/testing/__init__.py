@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.testing.check import Report, check_pass, laws_of
-    from graphopt.testing.laws import LAWS, LawBroken
+    from graphopt.testing.laws import LAWS
     from graphopt.testing.models import Shape, build
-    from graphopt.testing.trial import Refused
+    from graphopt.testing.trial import LawBroken, Refused
 
 _HOMES = {
     "LAWS": "laws",

@@ -63,7 +63,8 @@ class Drawer:
 
     def model(self, kind: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
         """Options of a model: each field left out (where it has a default) or drawn."""
-        required, optional = {}, {}
+        required: dict[str, Any] = {}
+        optional: dict[str, Any] = {}
         for name, field in kind.model_fields.items():
             drawn = self.value(_annotation(field), field.alias or name)
             if drawn is None:
@@ -167,15 +168,10 @@ def _is_tag(field: FieldInfo) -> bool:
 
 
 def _range(bounds: list[Any], low: int, span: int) -> tuple[int, int]:
-    for bound in bounds:
-        if isinstance(bound, annotated_types.Ge):
-            low = bound.ge  # type: ignore[assignment]
-        elif isinstance(bound, annotated_types.Gt):
-            low = bound.gt + 1  # type: ignore[assignment,operator]
-    high = low + span
-    for bound in bounds:
-        if isinstance(bound, annotated_types.Le):
-            high = min(high, bound.le)  # type: ignore[type-var,assignment]
-        elif isinstance(bound, annotated_types.Lt):
-            high = min(high, bound.lt - 1)  # type: ignore[type-var,assignment,operator]
-    return low, high
+    """A few values from the lowest that is allowed on."""
+    lows: list[Any] = [bound.ge for bound in bounds if isinstance(bound, annotated_types.Ge)]
+    above: list[Any] = [bound.gt for bound in bounds if isinstance(bound, annotated_types.Gt)]
+    low = max([*lows, *(value + 1 for value in above)], default=low)
+    highs: list[Any] = [bound.le for bound in bounds if isinstance(bound, annotated_types.Le)]
+    below: list[Any] = [bound.lt for bound in bounds if isinstance(bound, annotated_types.Lt)]
+    return low, min([low + span, *highs, *(value - 1 for value in below)])

@@ -26,7 +26,7 @@ from graphopt.ir.purity import is_pure
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.shapes import propagate
 from graphopt.ir.text import fingerprint
-from graphopt.passkit import Effect, Pass, Skip
+from graphopt.passkit import Decline, Edit, Effect, Pass, Skip
 from graphopt.spec import parse_spec
 from graphopt.testing.trial import SHAPES, LawBroken, Refused, Trial, trial
 from graphopt.views import Views
@@ -101,7 +101,8 @@ def plan_is_complete(case: Trial) -> None:
 @_law
 def edits_are_data(case: Trial) -> None:
     """Edits and declines are JSON that reads back equal, each with a candidate and one line for people."""
-    for item in (*case.plan.edits, *case.plan.declines):
+    items: tuple[Edit | Decline, ...] = (*case.plan.edits, *case.plan.declines)
+    for item in items:
         data = item.to_json()
         read = json.loads(json.dumps(data, allow_nan=False))
         _require(read == data, "edits_are_data", f"{item.candidate}: {data} reads back as {read}")
@@ -304,7 +305,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bytes under the same shape and dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    mine, other = (x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return bool(torch.equal(mine, other))
 
 
 def _agree(law: str, got: Program, expected: Program, bound: float) -> None:

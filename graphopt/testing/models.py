@@ -87,7 +87,7 @@ def build(shape: Shape, seed: int = 0) -> Program:
     return capture_module(model, (Input("input_ids", ("B", "S"), torch.int64, "tokens"),))
 
 
-class Model(nn.Module):
+class Model(nn.Module):  # type: ignore[misc]
     """Embedding, layers, head."""
 
     def __init__(self, shape: Shape) -> None:
@@ -125,7 +125,7 @@ class Model(nn.Module):
         return torch.cat([angle, angle], dim=-1)[None, None]
 
 
-class Layer(nn.Module):
+class Layer(nn.Module):  # type: ignore[misc]
     """Attention and feed-forward around the residual stream, in one of four layouts."""
 
     def __init__(self, shape: Shape) -> None:
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         return x + self.feed_forward(norms[1](x))  # type: ignore[no-any-return]
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Grouped-query attention, packed or not."""
 
     def __init__(self, shape: Shape) -> None:
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Module):  # type: ignore[misc]
     """Up, activation (gated or not), down."""
 
     def __init__(self, shape: Shape) -> None:
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module):  # type: ignore[misc]
     """Root mean square normalisation as Llama spells it: statistics in float32, gain in the model's dtype."""
 
     def __init__(self, size: int) -> None:

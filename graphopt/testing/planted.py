@@ -18,7 +18,7 @@ import torch
 from graphopt.artifact import native
 from graphopt.artifact.tensors import Entry
 from graphopt.compiler import verify
-from graphopt.cost import count
+from graphopt.cost import count, node_flops
 from graphopt.ir import rewriter as rewriting
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
@@ -26,11 +26,12 @@ from graphopt.ir.weights import MemorySource
 from graphopt.passes.depth.skip_layers import SkipLayers
 from graphopt.passes.width.prune_neurons import PruneNeurons
 from graphopt.passkit import Context, Cut, Effect, Pass, PassRegistry, Plan, Skip
+from graphopt.passkit.edits import apply_edits
 from graphopt.testing import trial as trials
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.testing.trial import LawBroken
-from graphopt.views import cutting, size_of
+from graphopt.views import cutting, indices, size_of
 
 aten = torch.ops.aten
 HEADS = Shape(layers=2, heads=4, kv_heads=2, head_dim=4, hidden=6, neurons=5, biases=True)
@@ -91,7 +92,7 @@ def swapped_head() -> Iterator[None]:
 @contextmanager
 def off_by_one_slice() -> Iterator[None]:
     """Every slice of a weight starts one entry late."""
-    true = cutting.indices
+    true = indices
 
     def late(axis: Any, keep: Any) -> Any:
         found = true(axis, keep)
@@ -185,7 +186,7 @@ def _mutate(context: Context, plan: Plan) -> Plan:
 
 def _result(change: Callable[[Rewriter, Any], Any]) -> Callable[[], AbstractContextManager[Any]]:
     """A bug that changes what surgery returns."""
-    true = trials.apply_edits
+    true = apply_edits
 
     def apply(*arguments: Any) -> Program:
         rewriter = Rewriter(true(*arguments))
@@ -228,7 +229,7 @@ def rounded_checkpoint() -> Iterator[None]:
 @contextmanager
 def forgotten_flops() -> Iterator[None]:
     """Attention costs nothing."""
-    true = count.node_flops
+    true = node_flops
     attention = torch.ops.graphopt.attention.default
     with patch.object(count, "node_flops", lambda node: 0 if node.target is attention else true(node)):
         yield
