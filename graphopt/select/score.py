@@ -194,7 +194,8 @@ def _l2(features: Features, units: int) -> torch.Tensor:
 
 def _max(features: Features, units: int) -> torch.Tensor:
     start = torch.full((units,), -torch.inf, dtype=torch.float64)
-    return start.index_reduce_(0, features.unit, features.scores, "amax")
+    # index_reduce_ would do the same, and warn every user that it is in beta.
+    return start.scatter_reduce_(0, features.unit, features.scores, "amax")
 
 
 _REDUCE: dict[str, Callable[[Features, int], torch.Tensor]] = {"mean": _mean, "sum": _summed, "l2": _l2, "max": _max}

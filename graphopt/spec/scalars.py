@@ -100,8 +100,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def scalar_schema(parse: Callable[[Any], object]) -> core_schema.CoreSchema:
-    """Return the pydantic schema of a type that is made from a scalar by `parse`."""
+def scalar_schema(parse: Callable[[Any], object], plain: Callable[[Any], object] = str) -> core_schema.CoreSchema:
+    """Return the pydantic schema of a type that is made from a scalar by `parse` and written by `plain`."""
     return core_schema.no_info_plain_validator_function(
-        parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        parse, serialization=core_schema.plain_serializer_function_ser_schema(plain)
     )

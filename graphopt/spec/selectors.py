@@ -60,9 +60,15 @@ class Layers:
             return "all"
         return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in self.ranges)
 
+    def plain(self) -> str | list[int | str]:
+        """What a spec says for this choice, so that it reads back: one term as text, several as a list."""
+        if len(self.ranges) == 1:
+            return str(self)
+        return [first if first == last else f"{first}..{last}" for first, last in self.ranges]
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return scalar_schema(cls.parse)
+        return scalar_schema(cls.parse, cls.plain)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -116,6 +116,9 @@ def _missing(views: Views, family: str, seen: set[str]) -> list[Decline]:
         parts = [(view.path, "it lies outside the blocks") for view in views.feed_forwards]
     else:
         parts = [(view.path, _no_heads(view.kv_heads, family)) for view in views.attentions]
+    if not parts:
+        what = "feed-forward of more than one neuron" if family == "neuron" else "attention"
+        return [Decline(f"model:{family}", f"no {what} was found")]
     return [Decline(f"{path}:{family}", reason) for path, reason in parts if path not in seen]
 
 

@@ -15,8 +15,8 @@ from graphopt.testing.models import Shape, build
 from graphopt.testing.strategies import covering
 from graphopt.testing.trial import Refused, trial
 
-POOL = covering(12)
-EXAMPLES = 12
+POOL = covering(8)
+EXAMPLES = 8
 PLAIN = {
     "cleanup": {},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
