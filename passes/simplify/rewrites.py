@@ -348,6 +348,9 @@ def _fold(program: Program, node: fx.Node, largest: int) -> Const | str:
         narrow, wide = _run(program, node, torch.float32), _run(program, node, torch.float64)
     except LookupError:
         return "its value cannot be read: the program was captured without weights"
+    if kind.is_floating_point and wide.dtype != torch.float64:
+        # Constants widen with the run; a type that comes from promotion (integers divided) does not.
+        return f"its type {kind} does not follow the type of the run"
     if not torch.equal(wide.to(kind), narrow.to(kind)) or not torch.equal(
         torch.signbit(wide.to(kind)), torch.signbit(narrow.to(kind))
     ):

@@ -10,7 +10,7 @@ import pytest
 from graphopt.passkit import PassRegistry
 from graphopt.passkit.registry import BUILT_IN
 from graphopt.testing import laws_of
-from graphopt.testing.laws import composes_or_is_refused
+from graphopt.testing.laws import LAWS, composes_or_is_refused
 from graphopt.testing.models import Shape, build
 from graphopt.testing.strategies import covering
 from graphopt.testing.trial import Refused, trial
@@ -61,3 +61,20 @@ def test_pool_covers_every_structural_choice() -> None:
     assert {shape.place for shape in POOL} == {"pre", "post", "sandwich", "parallel"}
     assert {shape.positions for shape in POOL} == {"none", "rotary", "partial", "learned"}
     assert {shape.dtype for shape in POOL} == {"float32", "bfloat16", "float64"}
+
+
+@pytest.mark.parametrize("law", ["exact_means_exact", "surgery_equals_emulation"])
+def test_cleanup_leaves_tables_whose_type_does_not_follow_the_run(law: str) -> None:
+    # Found by a pair: rotary frequencies of a head of 6 came from integers divided, and were folded in float64.
+    LAWS[law](_REGISTRY.get("cleanup")(), build(Shape(head_dim=6, positions="rotary")))
+
+
+def test_a_model_without_neurons_to_cut_is_declined() -> None:
+    program = trial(_REGISTRY.get("prune_neurons").model_validate({"keep": 1}), build(POOL[0])).after
+    again = trial(_REGISTRY.get("prune_neurons").model_validate({"keep": 1}), program).plan
+    assert [decline.candidate for decline in again.declines] == ["model:neuron"]
+
+
+def test_a_list_of_layers_reads_back() -> None:
+    step = _REGISTRY.get("skip_layers").model_validate({"layers": [0, "1..-1"]})
+    LAWS["yaml_round_trip"](step, build(POOL[0]))
