@@ -65,9 +65,7 @@ def svd_fold(gram: Tensor, width: int, groups: Groups, pairs: Tensor, weight: Te
     return Fold(into, back)
 
 
-def _fold_pair(
-    block: Tensor, cost: Tensor | None, members: Tensor, a: int, b: int, into: Tensor, back: Tensor
-) -> None:
+def _fold_pair(block: Tensor, cost: Tensor | None, members: Tensor, a: int, b: int, into: Tensor, back: Tensor) -> None:
     aa, bb, ab = block[:, a, :, a], block[:, b, :, b], block[:, a, :, b]
     covariance = torch.complex(aa + bb, ab.T - ab)
     scale = torch.ones(len(members), dtype=torch.float64)
@@ -92,9 +90,7 @@ def _place(maps: Tensor, members: Tensor, a: int, b: int, number: Tensor) -> Non
     maps[members, b, a] = number.imag
 
 
-def _fold_free(
-    block: Tensor, cost: Tensor | None, members: Tensor, free: Tensor, into: Tensor, back: Tensor
-) -> None:
+def _fold_free(block: Tensor, cost: Tensor | None, members: Tensor, free: Tensor, into: Tensor, back: Tensor) -> None:
     count, size = len(members), len(free)
     gram = block[:, free][:, :, :, free].reshape(count * size, count * size)
     root = inverse = torch.eye(size, dtype=torch.float64).expand(count, size, size)

@@ -142,9 +142,7 @@ class RegroupKV(Pass):
         calibration = self._calibration(context, heads, pairs)
         groups = self._groups(heads, count, calibration)
         key_fold, value_fold = self._folds(heads, groups, calibration)
-        edit = Regroup(
-            attention.path, attention.core.name, groups, attention.heads, key_fold, value_fold, self.init
-        )
+        edit = Regroup(attention.path, attention.core.name, groups, attention.heads, key_fold, value_fold, self.init)
         edit.check(context.views)
         return edit
 
@@ -194,9 +192,7 @@ class RegroupKV(Pass):
         if self.grouping == "order" or found is None:
             return order_groups(attention.kv_heads, count)
         losses = pair_losses(found.keys, attention.head_dim, found.pairs, found.key_cost, aligned)
-        losses = losses + pair_losses(
-            found.values, attention.value_dim, found.pairs[:0], found.value_cost, aligned
-        )
+        losses = losses + pair_losses(found.values, attention.value_dim, found.pairs[:0], found.value_cost, aligned)
         return similar_groups(losses, count)
 
     def _folds(self, heads: Heads, groups: Groups, calibration: _Calibration | None) -> tuple[Fold, Fold]:
