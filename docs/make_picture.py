@@ -72,7 +72,7 @@ def main() -> None:
         f'<text x="{LEFT + 204}" y="{legend}" font-size="12">feed-forward</text>',
     ]
     OUT.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDE + 240}" height="{height}" fill="{INK}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDE + 270}" height="{height}" fill="{INK}" '
         f'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n"
     )
     print(OUT)
