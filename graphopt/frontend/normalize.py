@@ -195,6 +195,15 @@ def raise_attention(graph: fx.Graph) -> None:
             continue
         scale = given.get("scale")
         scale = float(scale) if scale is not None else 1.0 / math.sqrt(q.shape[-1])
+        mask = given.get("attn_mask")
+        if mask is not None and mask.meta["val"].dim() != 4:
+            # Our op reads two axes as key padding [B, T], where this one broadcasts them as [S, T].
+            with graph.inserting_before(node):
+                for _ in range(4 - mask.meta["val"].dim()):
+                    wider = graph.call_function(aten.unsqueeze.default, (mask, 0))
+                    wider.meta = {"val": mask.meta["val"].unsqueeze(0)}
+                    mask = wider
+            given["attn_mask"] = mask
         with graph.inserting_before(node):
             new = graph.call_function(
                 torch.ops.graphopt.attention.default,

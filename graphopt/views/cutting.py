@@ -14,7 +14,8 @@ from graphopt.diagnostics import PlanError
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Affine, Expr, Take
 from graphopt.views.atoms import Atom, Axis, Keep, find, flat, indices, leaves
-from graphopt.views.labels import Labels, slice_bounds
+from graphopt.views.labels import Labels
+from graphopt.views.sizes import slice_bounds
 
 aten = torch.ops.aten
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.views.atoms import Atom, Axis, Dyn, LockedLeaves, find, flat, lock, size_of, split_sum, unify
+from graphopt.views.atoms import Atom, Axis, Dyn, LockedLeaves, flat, lock, size_of, split_sum, unify
+from graphopt.views.sizes import Rank, consume, every, flatten, op_name, slice_bounds
 
 aten = torch.ops.aten
 Axes = list[Axis]
@@ -51,7 +51,7 @@ class Labels:
             self._visit(node)
         locked = LockedLeaves()
         for axes in self.axes.values():
-            for axis in _every(axes):
+            for axis in every(axes):
                 locked.visit(axis)
         self.locks: dict[Atom, list[str]] = locked.reasons
 
@@ -108,9 +108,9 @@ class Labels:
         ]
 
     def _unknown(self, node: fx.Node) -> None:
-        reason = f"op {_op_name(node)} at %{node.name} is not understood"
+        reason = f"op {op_name(node)} at %{node.name} is not understood"
         for source in node.all_input_nodes:
-            for axis in _every(self.axes.get(source, [])):
+            for axis in every(self.axes.get(source, [])):
                 lock(axis, reason)
         value = node.meta["val"]
         values = value if isinstance(value, tuple | list) else [value]
@@ -132,7 +132,7 @@ class Labels:
         return list(self.of(node.args[0]))  # type: ignore[arg-type]
 
     def _pointwise(self, node: fx.Node) -> Axes:
-        tensors = [a for a in _flatten(node.args) + _flatten(node.kwargs.values()) if isinstance(a, fx.Node)]
+        tensors = [a for a in flatten(node.args) + flatten(node.kwargs.values()) if isinstance(a, fx.Node)]
         tensors = [a for a in tensors if isinstance(a.meta.get("val"), torch.Tensor)]
         return self._broadcast([self.of(t) for t in tensors], node.meta["val"], f"%{node.name}")
 
@@ -183,14 +183,14 @@ class Labels:
         if len(ax) < 2 or len(ay) < 2:
             return None
         unify(ax[-1], ay[-2], f"contraction at %{node.name}")
-        batch = self._broadcast([ax[:-2], ay[:-2]], _Rank(max(len(ax), len(ay)) - 2), f"%{node.name}")  # type: ignore[arg-type]
+        batch = self._broadcast([ax[:-2], ay[:-2]], Rank(max(len(ax), len(ay)) - 2), f"%{node.name}")  # type: ignore[arg-type]
         return [*batch, ax[-2], ay[-1]]
 
     def _baddbmm(self, node: fx.Node) -> Axes:
         base, x, y = node.args[:3]
         ax, ay = self.of(x), self.of(y)  # type: ignore[arg-type]
         unify(ax[-1], ay[-2], f"contraction at %{node.name}")
-        made = [*self._broadcast([ax[:1], ay[:1]], _Rank(1), f"%{node.name}"), ax[-2], ay[-1]]  # type: ignore[arg-type]
+        made = [*self._broadcast([ax[:1], ay[:1]], Rank(1), f"%{node.name}"), ax[-2], ay[-1]]  # type: ignore[arg-type]
         return self._broadcast([made, self.of(base)], node.meta["val"], f"%{node.name}")  # type: ignore[arg-type]
 
     def _embedding(self, node: fx.Node) -> Axes:
@@ -206,7 +206,7 @@ class Labels:
         tokens: list[Atom | Dyn] = [factor for axis in source for factor in flat(axis)]
         result: Axes = []
         for size in shape:
-            taken = _consume(tokens, size if isinstance(size, int) else size.node.expr, f"view at {where}")
+            taken = consume(tokens, size if isinstance(size, int) else size.node.expr, f"view at {where}")
             if taken is None:
                 return None
             result.append(taken)
@@ -289,7 +289,7 @@ class Labels:
         sources = [self.of(s) for s in node.args[0]]  # type: ignore[union-attr,arg-type]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         rank = node.meta["val"].dim()
-        merged = self._broadcast(sources, _Rank(rank - 1), f"%{node.name}")  # type: ignore[arg-type]
+        merged = self._broadcast(sources, Rank(rank - 1), f"%{node.name}")  # type: ignore[arg-type]
         atom = Atom(len(sources))
         lock((atom,), f"stacked at %{node.name}")
         merged.insert(dim % rank, (atom,))  # type: ignore[operator]
@@ -412,7 +412,7 @@ class Labels:
         keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
         positions = {d % len(axes) for d in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[operator]
         for position in positions:
-            lock(axes[position], f"{_op_name(node)} at %{node.name} runs over it")
+            lock(axes[position], f"{op_name(node)} at %{node.name} runs over it")
         return [() if i in positions else axis for i, axis in enumerate(axes) if keep or i not in positions]
 
     def _softmax(self, node: fx.Node) -> Axes:
@@ -422,100 +422,6 @@ class Labels:
 
     def _factory(self, node: fx.Node) -> Axes:
         return self._fresh(node.meta["val"])
-
-
-def slice_bounds(node: fx.Node, size: int) -> tuple[int, int] | None:
-    """Start and end of an `aten.slice` along an axis of `size`, clipped and made positive; None when symbolic."""
-    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
-    end = node.args[3] if len(node.args) > 3 and node.args[3] is not None else size
-    if not isinstance(start, int) or not isinstance(end, int):
-        return None
-    start = max(0, min(size, start + size if start < 0 else start))
-    end = max(start, min(size, end + size if end < 0 else end))
-    return start, end
-
-
-class _Rank:
-    """Stands for a tensor where only its rank matters."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def dim(self) -> int:
-        return self._rank
-
-
-def _consume(tokens: list[Atom | Dyn], size: Any, where: str) -> Axis | None:
-    """Take factors off the front until their product is `size`; splits the last one when it is too large."""
-    if size == 1:
-        return ()
-    taken: list[Atom | Dyn] = []
-    have: Any = 1
-    while tokens:
-        token = tokens[0]
-        if isinstance(size, int):
-            if isinstance(token, Dyn):
-                return None
-            root = find(token)
-            need = size // have
-            if size % have:
-                return None
-            if root.size > need:
-                from graphopt.views.atoms import split_product
-
-                halves = split_product(root, need, where)
-                if halves is None:
-                    return None
-                tokens[0:1] = halves
-                continue
-            taken.append(root)
-            tokens.pop(0)
-            have *= root.size
-        else:
-            factor = token.expr if isinstance(token, Dyn) else sympy.Integer(find(token).size)
-            rest = sympy.simplify(size / (have * factor))
-            if (isinstance(token, Dyn) and rest.is_Rational and rest < 1) or (
-                isinstance(token, Dyn) and not _whole(rest)
-            ):
-                part = sympy.simplify(have * factor / size)
-                if not _whole(part):
-                    return None
-                need = sympy.simplify(size / have)
-                tokens[0:1] = [Dyn(need), Dyn(part) if part != 1 else Dyn(sympy.Integer(1))]
-                continue
-            taken.append(token)
-            tokens.pop(0)
-            have = have * factor
-        if sympy.simplify(have - size) == 0:
-            return tuple(taken)
-    return None
-
-
-def _whole(expr: Any) -> bool:
-    """Whether a quotient of sizes is itself a size (no denominator left)."""
-    return bool(sympy.fraction(sympy.together(expr))[1] == 1)
-
-
-def _every(axes: Any) -> list[Axis]:
-    if not axes:
-        return []
-    if isinstance(axes[0], list):
-        return [axis for group in axes for axis in group]
-    return list(axes)
-
-
-def _flatten(values: Any) -> list[Any]:
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, list | tuple):
-            found.extend(_flatten(value))
-        else:
-            found.append(value)
-    return found
-
-
-def _op_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).replace("aten.", "")
 
 
 def _table() -> dict[Any, str]:

@@ -16,7 +16,7 @@ from graphopt.passes.attention.fold import Fold, Groups
 from graphopt.passes.attention.projections import Heads, Side, Unfit, find_heads
 from graphopt.passkit import Edit
 from graphopt.views import Attention, Linear, Views, leaves
-from graphopt.views.labels import slice_bounds
+from graphopt.views.sizes import slice_bounds
 
 aten = torch.ops.aten
 
