@@ -347,6 +347,8 @@ class WeightStore:
             dtype == torch.float64 and stored.dtype.is_floating_point
         ):
             stored = stored.to(dtype)
+        # Products over another memory layout round otherwise: what runs must be laid out as what is saved and loaded.
+        stored = stored.contiguous()
         return stored.to(device) if device is not None else stored
 
     def _read(self, expr: Source | Const) -> torch.Tensor:

@@ -143,7 +143,7 @@ def test_bad_targets(program: Program, checkpoint: Callable[..., Path], tmp_path
 def test_weights_that_are_not_finite_are_named_and_counted(program: Program, tmp_path: Path, value: float) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     for format in ("graphopt", "transformers"):
-        with pytest.raises(ArtifactError, match=rf"'{name}' has 3 values of 1536") as caught:
+        with pytest.raises(ArtifactError, match=rf"'{name}' holds 3 NaN or infinite values of 1536") as caught:
             save(with_value(program, name, value), tmp_path / "out", format=format)  # type: ignore[arg-type]
         assert caught.value.code == "not_finite"
     assert not any(tmp_path.iterdir())

@@ -176,15 +176,17 @@ def test_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, checkpoint: P
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graphopt.compiler.capture", interrupt)
+    monkeypatch.setattr("graphopt.compiler.compile.capture", interrupt)
     result = RUNNER.invoke(app, ["explain", str(checkpoint)])
     assert result.exit_code == 130
     assert result.stderr == "graphopt: interrupted\n"
 
 
 SIGNALLED = """
-import sys, time
+import signal, sys, time
 from graphopt.cli import main, specs
+# A parent that runs tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(*a):
     print("ready", flush=True)
     time.sleep(60)

@@ -35,8 +35,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_models_keep_every_bit(name: str) -> None:
     before = program(name)
     after = cleaned(before)
-    # Capture leaves GPT-2 clean already.
-    assert len(after.nodes) < len(before.nodes) or name == "gpt2"
+    # Capture leaves these two clean already.
+    assert len(after.nodes) < len(before.nodes) or name in ("gpt2", "opt")
     # BLOOM's table of slopes keeps float32, which baddbmm refuses beside bfloat16, with or without cleanup.
     narrow = () if name == "bloom" else (torch.bfloat16,)
     for dtype in (torch.float32, torch.float64, *narrow):

@@ -47,18 +47,18 @@ def test_uniform_meets_each_view_or_says_what_it_can() -> None:
     assert uniform([view(range(8), keep="3/4"), view(range(172), keep="7/8")], PERCENT) == [6, 151]
     with pytest.raises(BudgetError, match=r"v: 6\.4 of 8 units cannot be kept within 1%") as caught:
         uniform([view(range(8), keep="4/5")], PERCENT)
-    assert "75.0000% (6) and 87.5000% (7)" in str(caught.value)
+    assert "75% (6) and 87.5% (7)" in str(caught.value)
     assert uniform([view(range(8), keep="4/5")], Fraction(1, 10)) == [6]
 
 
 def test_at_least_one_unit_stays() -> None:
-    with pytest.raises(BudgetError, match=r"nearest that can be kept: 25\.0000% \(1\)"):
+    with pytest.raises(BudgetError, match=r"nearest that can be kept: 25% \(1\)"):
         uniform([view(range(4), keep="0")], PERCENT)
 
 
 def test_rounding_is_to_the_nearest_multiple() -> None:
     assert uniform([view(range(512), keep="77/100", round_to=32)], Fraction(3, 100)) == [384]
-    with pytest.raises(BudgetError, match=r"75\.0000% \(384\) and 81\.2500% \(416\)"):
+    with pytest.raises(BudgetError, match=r"75% \(384\) and 81\.25% \(416\)"):
         uniform([view(range(512), keep="77/100", round_to=32)], PERCENT)
     with pytest.raises(BudgetError, match="no number of units up to 24 can be divided by 32"):
         uniform([view(range(24), round_to=32)], PERCENT)
@@ -82,7 +82,7 @@ def test_a_pool_of_large_units_is_refused_with_the_nearest() -> None:
     views = [view([3, 2, 1, 0], cost=100, keep="3/5"), view([7, 6, 5, 4], cost=100, keep="3/5")]
     with pytest.raises(BudgetError, match="the pool: 480 of 800 parameters") as caught:
         pooled(views, PERCENT, 1, "parameters")
-    assert "50.0000% (400) and 62.5000% (500)" in str(caught.value)
+    assert "50% (400) and 62.5% (500)" in str(caught.value)
 
 
 @given(

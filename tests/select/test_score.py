@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphopt.diagnostics import PlanError
+from graphopt.diagnostics import ArtifactError, PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.weights import MemorySource
 from graphopt.observe import Statistics, observe
@@ -175,5 +175,5 @@ def test_what_a_score_needs_is_said() -> None:
         score(unit_groups(Views(blind), "neuron")[0], Views(blind), None, Magnitude())
     assert "score: order" in str(caught.value)
     nan = changed(v.program, model__layers__0__mlp__up_proj__weight=(torch.full((56,), float("nan")), 0))
-    with pytest.raises(PlanError, match=r"magnitude score of neuron 0 of model\.layers\.0\.mlp is not finite"):
+    with pytest.raises(ArtifactError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds 1792 NaN"):
         score(unit_groups(Views(nan), "neuron")[0], Views(nan), None, Magnitude())
