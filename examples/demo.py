@@ -19,7 +19,7 @@ def graphopt(*arguments: str) -> None:
 if __name__ == "__main__":
     graphopt("run", "specs/recipes/demo.yaml", "--out", str(OUT.relative_to(ROOT)), "--overwrite")
     graphopt("diff", "examples/tiny_lm", "out/demo")
-    prompt = "class Reader:\n    def __init__(self, path, mode):\n"
+    prompt = "def read_lines(path, encoding=None):"
     graphopt(
         "generate", "out/demo", "--prompt", prompt, "--max-new-tokens", "90", "--temperature", "0.7", "--top-k", "20"
     )
