@@ -99,6 +99,14 @@ class _Cutter:
         ):
             named = schema.name in ("size", "shape")
             if named and isinstance(argument, list | tuple) and len(argument) == len(axes):
+                for axis, size in zip(axes, argument, strict=True):
+                    if isinstance(size, fx.Node) and self.touched(axis):
+                        raise PlanError.of(
+                            "symbolic_size",
+                            f"%{size.name} computes a size from a dimension to cut and a symbolic one together",
+                            notes=(f"at {node.meta.get('path', node.name)}, %{node.name}",),
+                            help=("put `use: cleanup` before this step: it undoes such reshapes where it can",),
+                        )
                 sizes = [self._size(axis, old) for axis, old in zip(axes, argument, strict=True)]
                 arguments = list(today.args)
                 arguments[position] = [

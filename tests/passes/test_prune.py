@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.run import bind_inputs, specialised
 from graphopt.observe import observe
@@ -197,3 +198,13 @@ def test_plans_are_the_same_each_time() -> None:
     one, other = (planned(config, "llama")[1] for _ in range(2))
     assert [edit.to_json() for edit in one.edits] == [edit.to_json() for edit in other.edits]
     assert one.notes == other.notes
+
+
+def test_sizes_that_count_batch_and_heads_together_are_refused_until_they_are_cleaned() -> None:
+    before = program("bloom")
+    config = PruneHeads.model_validate_json('{"keep": "75%"}')
+    views = Views(before)
+    plan = config.plan(Context(views, tuple(range(len(views.blocks)))))
+    with pytest.raises(PlanError, match="symbolic one together") as caught:
+        apply_edits(before, views, plan.edits)
+    assert "use: cleanup" in str(caught.value)
