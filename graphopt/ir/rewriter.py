@@ -65,6 +65,10 @@ class Rewriter:
         if keep is None:
             self._forward[old] = new
 
+    def forward(self, old: fx.Node, new: fx.Node) -> None:
+        """Let later edits that name `old` find `new`."""
+        self._forward[old] = new
+
     def bypass(self, exit: fx.Node, entry: fx.Node) -> None:
         """Let everything that reads `exit` read `entry`: what lies between becomes dead."""
         exit.replace_all_uses_with(entry)

@@ -241,7 +241,7 @@ class Skip(Edit):
             nothing = rewriter.call(aten.mul.Tensor, delta, 0.0, after=delta)
             same = rewriter.call(aten.add.Tensor, before, nothing, after=nothing)
             after.replace_all_uses_with(same, delete_user_cb=lambda user, d=delta: user is not d)
-            rewriter._forward[after] = same
+            rewriter.forward(after, same)
 
 
 @dataclass(frozen=True)
