@@ -1,24 +1,30 @@
-"""How much of transformers the front end and the views cover: build, capture, compare, view and cut every causal LM class.
+"""How much of transformers the front end and the views cover: build, capture, compare, view, cut, save and load every class.
 
-    python benchmarks/coverage.py            # resumable: a class that has a result is not run again
-    python benchmarks/coverage.py --only llama gpt2
+    python benchmarks/coverage.py                          # causal LMs; resumable: a class with a result is not run again
+    python benchmarks/coverage.py --auto all               # every auto class
+    python benchmarks/coverage.py --only llama gpt2        # these again
+    python benchmarks/coverage.py --only llama --results /tmp/mine.json --print
 
-Each class is built small from one generic recipe (no table per model). The attentions and feed-forwards that exist are
-counted independently, from the module tree, here and nowhere else. Figures: benchmarks/results/coverage.json and
-docs/coverage.md.
+Every class runs in a forked child of its own, so that transformers is imported once and a class that hangs is ended. The
+models are built by benchmarks/small_models.py, which also counts, from the module tree, what the views should find. Figures:
+benchmarks/results/coverage.json; table: docs/coverage.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +32,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from coverage_page import page
+from small_models import AUTOS, LAYERS, NotBuiltError, build, count_parts, model_types, run, sample_inputs
 
 import graphopt
 from graphopt.compiler.verify import random_inputs, tolerance
 from graphopt.diagnostics import GraphoptError
-from graphopt.frontend import capture_model
+from graphopt.frontend import capture_model, capture_pretrained
 from graphopt.ir.program import Program
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import apply_edits, emulate_edits
@@ -40,26 +47,6 @@ from graphopt.views import Views
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
-SECONDS = 240
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 56,
-    "max_position_embeddings": 128,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 SURGERIES: dict[str, dict[str, Any]] = {
     # Of grouped heads the same number leaves every group: one a group there, one in all where every head has its own.
     "one head fewer": {
@@ -73,83 +60,95 @@ SURGERIES: dict[str, dict[str, Any]] = {
 }
 
 
-class OutOfTimeError(Exception):
-    """A class took longer than its share."""
-
-
-def small_config(model_type: str) -> Any:
-    """The config class's own defaults with every size it has a name for made small."""
-    cls = transformers.CONFIG_MAPPING[model_type]
-    defaults = cls()
-    known = defaults.to_dict()
-    values = {}
-    for name, value in SMALL.items():
-        own = defaults.attribute_map.get(name, name)
-        if own in known or name in known:
-            values[own if own in known else name] = value
-    if isinstance(known.get("layer_types"), list):
-        values["layer_types"] = (known["layer_types"] * SMALL["num_hidden_layers"])[: SMALL["num_hidden_layers"]]
-    return cls(**values)
-
-
-def count_modules(model: Any) -> dict[str, int]:
-    """Attentions and feed-forwards by the module tree: modules whose class name says so and that hold no other such."""
-
-    def innermost(words: tuple[str, ...]) -> int:
-        found = [n for n, m in model.named_modules() if any(w in type(m).__name__.lower() for w in words)]
-        return sum(1 for n in found if not any(o != n and o.startswith(n + ".") for o in found))
-
-    return {"attentions": innermost(("attention", "attn")), "feed_forwards": innermost(("mlp", "feedforward", "ffn"))}
-
-
-def run_class(model_type: str) -> dict[str, Any]:
+def run_class(auto: str, model_type: str, surgeries: bool = True) -> dict[str, Any]:
     """All checks of one class; every entry is a figure, `ok`, or the reason why not."""
-    row: dict[str, Any] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
-    torch.manual_seed(0)
+    row: dict[str, Any] = {"class": str(model_types(auto)[model_type])}
     try:
-        config = small_config(model_type)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-    except OutOfTimeError:
-        raise
-    except Exception as error:
-        return {**row, "builds": _short(error)}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
-    row |= {"builds": "ok", "exist": count_modules(model)}
+        model, recipe = build(auto, model_type)
+    except NotBuiltError as error:
+        return {**row, "builds": str(error)[:300]}
+    row |= {"builds": "ok", "recipe": recipe, "exist": count_parts(model, sample_inputs(model))}
     started = time.perf_counter()
     try:
         program = capture_model(model)
     except GraphoptError as error:
         return {**row, "captures": _short(error)}
-    row |= {"captures": "ok", "seconds": round(time.perf_counter() - started, 2), "equal": _equal(model, program)}
+    row |= {"captures": "ok", "seconds": round(time.perf_counter() - started, 2)}
+    row["dims"] = _fixed(program)
+    row["equal"] = _equal(model, program)
     views = Views(program)
     row["found"] = {
         "blocks": len(views.blocks),
         "attentions": len(views.attentions),
         "feed_forwards": len(views.feed_forwards),
-        "unseen": [f"{u.what}: {u.reason}" for u in views.unseen][:4],
+        "unseen": [f"{u.what}: {u.reason}" for u in views.unseen][:6],
     }
-    row["surgeries"] = {name: _surgery(program, step) for name, step in SURGERIES.items()}
+    row["disk"] = _from_disk(model)
+    if surgeries:
+        row["surgeries"] = {name: _surgery(program, step) for name, step in SURGERIES.items()}
     return row
 
 
+def _fixed(program: Program) -> str:
+    """The dimensions that are narrower than asked for."""
+    return ", ".join(f"{dim.name} in [{dim.low}, {dim.high}]" for dim in program.dims if dim.low > 1 or dim.high < 4096)
+
+
+def _sizes(program: Program, wanted: dict[str, int]) -> dict[str, int]:
+    """`wanted` sizes, moved into the ranges that the program allows."""
+    return {dim.name: min(max(wanted.get(dim.name, dim.hint), dim.low), dim.high) for dim in program.dims}
+
+
 def _equal(model: Any, program: Program) -> str:
-    inputs = random_inputs(program, {"B": 2, "S": 37}, 1)
-    inputs = {k: torch.ones_like(v) if k == "attention_mask" else v for k, v in inputs.items()}
-    if "position_ids" in inputs:
-        inputs["position_ids"] = torch.arange(37).expand(2, -1)
-    try:
-        with torch.no_grad():
-            expected = model(**inputs).logits
-            got = program.module()(**inputs)[program.entry.outputs.index("logits")]
-    except OutOfTimeError:
-        raise
-    except Exception as error:
-        return _short(error)
-    error = float((got - expected).abs().max() / expected.abs().max())
-    return "ok" if error < 1e-4 else f"differs by {error:.2g}"
+    """Compare with eager at a shape that was not captured, without padding and, at the real tokens, with."""
+    for padded in (False, True):
+        inputs = random_inputs(program, _sizes(program, {"B": 2, "S": 37}), 1)
+        real: Any = ...
+        if not padded:
+            for spec in program.entry.inputs:
+                if spec.role == "padding":
+                    inputs[spec.name] = torch.ones_like(inputs[spec.name])
+                elif spec.role == "positions":
+                    inputs[spec.name] = torch.arange(inputs[spec.name].shape[1]).expand_as(inputs[spec.name])
+        elif "attention_mask" in inputs:
+            real = inputs["attention_mask"].bool()
+        else:
+            continue
+        inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        try:
+            result = run(model, inputs)
+            with torch.no_grad():
+                answers = dict(zip(program.entry.outputs, program.module()(**inputs), strict=True))
+        except Exception as error:
+            return _short(error)
+        compared = 0
+        for name, got in answers.items():
+            expected = result[name] if name in result.keys() else None  # noqa: SIM118  (a ModelOutput iterates values)
+            if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
+                continue
+            if expected.shape != got.shape:
+                return f"{name} is {list(got.shape)} instead of {list(expected.shape)}"
+            compared += 1
+            rows = real if real is not ... and got.shape[:2] == real.shape else ...
+            if real is not ... and rows is ...:
+                continue
+            error = float((got[rows] - expected[rows]).abs().max() / expected[rows].abs().max().clamp(min=1e-30))
+            if not error < 1e-4:
+                return f"{name} differs by {error:.2g}" + (" with padding" if padded else "")
+        if not compared:
+            return "no output to compare"
+    return "ok"
+
+
+def _from_disk(model: Any) -> str:
+    """Save the model as transformers does, capture the directory and compare."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            model.config.architectures = [type(model).__name__]
+            model.save_pretrained(directory)
+            return _equal(model, capture_pretrained(directory))
+        except Exception as error:
+            return _short(error)
 
 
 def _surgery(program: Program, step: dict[str, Any]) -> str:
@@ -162,22 +161,21 @@ def _surgery(program: Program, step: dict[str, Any]) -> str:
         if not plan.edits:
             return "declined: " + "; ".join(sorted({d.reason for d in plan.declines}))[:160]
         after, reference = apply_edits(program, views, plan.edits), emulate_edits(program, views, plan.edits)
-        inputs = random_inputs(program, {"B": 2, "S": 11}, 2)
+        inputs = random_inputs(program, _sizes(program, {"B": 2, "S": 11}), 2)
         with torch.no_grad():
             got, expected = (p.module(torch.float64)(**inputs)[0] for p in (after, reference))
-        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
-        error = float((got[real] - expected[real]).abs().max() / expected[real].abs().max())
-        if not error <= tolerance(torch.float64, 4096):
-            return f"differs from its emulation by {error:.2g}"
-        with tempfile.TemporaryDirectory() as directory:
-            graphopt.save(after, Path(directory) / "out", format="graphopt")
-            again = graphopt.load(Path(directory) / "out").module()(**inputs)[0]
-            if not torch.equal(again[real], after.module()(**inputs)[0][real]):
-                return "changes when it is saved and loaded"
+            mask = inputs.get("attention_mask")
+            real = mask.bool() if mask is not None and mask.shape == got.shape[:2] else ...
+            error = float((got[real] - expected[real]).abs().max() / expected[real].abs().max())
+            if not error <= tolerance(torch.float64, 4096):
+                return f"differs from its emulation by {error:.2g}"
+            with tempfile.TemporaryDirectory() as directory:
+                graphopt.save(after, Path(directory) / "out", format="graphopt")
+                again = graphopt.load(Path(directory) / "out").module()(**inputs)[0]
+                if not torch.equal(again[real], after.module()(**inputs)[0][real]):
+                    return "changes when it is saved and loaded"
     except GraphoptError as error:
         return f"refused: {error.diagnostics[0].message}"[:200]
-    except OutOfTimeError:
-        raise
     except Exception as error:
         return "FAILED: " + _short(error)
     return "ok"
@@ -185,84 +183,120 @@ def _surgery(program: Program, step: dict[str, Any]) -> str:
 
 def _short(error: BaseException) -> str:
     if isinstance(error, GraphoptError):
-        return error.diagnostics[0].message[:200]
+        first = error.diagnostics[0]
+        where = next((note for note in first.notes if note.startswith("model line")), "")
+        return re.sub(r"/tmp/\w+", "DIR", first.message)[:200] + (
+            f" ({where.split('site-packages/')[-1]})" if where else ""
+        )
     last = traceback.extract_tb(error.__traceback__)[-1]
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:140]} ({Path(last.filename).name}:{last.lineno})"
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
-    """The table in Markdown, with totals first."""
-    built = [r for r in rows.values() if r.get("builds") == "ok"]
-    captured = [r for r in built if r.get("captures") == "ok"]
-    equal = [r for r in captured if r["equal"] == "ok"]
-    seen = [r for r in equal if r["found"]["blocks"] and not r["found"]["unseen"]]
-    lines = [
-        "# Coverage of causal language models",
-        "",
-        f"Written by benchmarks/coverage.py with transformers {transformers.__version__}, torch {torch.__version__}.",
-        "",
-        f"{len(rows)} classes tried; {len(built)} build from the generic small recipe, {len(captured)} are captured,",
-        f"{len(equal)} equal eager at a second shape, {len(seen)} of those have all blocks and attentions in view.",
-        *(
-            f"{name}: {sum(1 for r in captured if r['surgeries'][name] == 'ok')} ok,"
-            f" {sum(1 for r in captured if r['surgeries'][name].startswith(('declined', 'refused')))} declined;"
-            for name in SURGERIES
-        ),
-        "every other answer stands in the table.",
-        "",
-        "| model type | captured | equal | blocks, attentions, feed-forwards | " + " | ".join(SURGERIES) + " |",
-        "|---|---|---|---|" + "---|" * len(SURGERIES),
-    ]
-    for name, row in sorted(rows.items()):
-        if row.get("builds") != "ok":
-            lines.append(f"| {name} | not built: {_cell(row.get('builds', row.get('error', '')))} | | |" + " |" * 4)
-        elif row.get("captures") != "ok":
-            lines.append(f"| {name} | {_cell(row.get('captures', row.get('error', '')))} | | |" + " |" * 4)
-        else:
-            found = row["found"]
-            counts = f"{found['blocks']}, {found['attentions']}, {found['feed_forwards']}"
-            cells = [_cell(row["surgeries"][surgery]) for surgery in SURGERIES]
-            lines.append(f"| {name} | ok | {_cell(row['equal'])} | {counts} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+def _child(auto: str, model_type: str, surgeries: bool, pipe: Any) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        row = run_class(auto, model_type, surgeries)
+    except Exception as error:
+        row = {"error": _short(error)}
+    pipe.send(row)
+    pipe.close()
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")[:110]
+def run_all(tasks: list[tuple[str, str]], surgeries: bool, workers: int, seconds: float, finish: Any) -> None:
+    """Run every task in a forked child, `workers` at a time, and hand each row to `finish` as it comes."""
+    context = get_context("fork")
+    waiting, running = list(tasks), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            auto, model_type = waiting.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(auto, model_type, surgeries, send))
+            process.start()
+            send.close()
+            running.append((auto, model_type, process, receive, time.monotonic()))
+        for task in list(running):
+            auto, model_type, process, receive, started = task
+            row = None
+            if receive.poll(0.05):
+                try:
+                    row = receive.recv()
+                except EOFError:
+                    process.join()
+                    row = {"error": f"the process ended with {process.exitcode}"}
+            elif time.monotonic() - started > seconds:
+                os.kill(process.pid, signal.SIGKILL)
+                row = {"error": f"took more than {seconds:.0f} s"}
+            if row is not None:
+                process.join()
+                running.remove(task)
+                finish(auto, model_type, row | {"total_seconds": round(time.monotonic() - started, 1)})
+
+
+def _store(results: Path, auto: str, model_type: str, row: dict[str, Any]) -> None:
+    """Add one row to the file, which other runs may be writing too."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with (Path(tempfile.gettempdir()) / "graphopt-coverage.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = json.loads(results.read_text()) if results.is_file() else {}
+        rows.setdefault(auto, {})[model_type] = row
+        beside = results.with_suffix(".tmp")
+        beside.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        beside.replace(results)
 
 
 def main() -> None:
     """Run what has no result yet, saving after every class."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--auto", default="causal_lm", choices=[*AUTOS, "all"])
     parser.add_argument("--only", nargs="*", help="model types; runs them again")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop starting classes after this long")
+    parser.add_argument("--failed", action="store_true", help="run again what has a result that is not right")
+    parser.add_argument("--no-surgeries", action="store_true", help="capture, compare and view only")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=180, help="limit a class")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no class after this long")
+    parser.add_argument("--page", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.ERROR)
+    results = arguments.results.resolve()
+    rows = json.loads(results.read_text()) if results.is_file() else {}
+    if not arguments.page:
+        tasks = []
+        for auto in AUTOS if arguments.auto == "all" else [arguments.auto]:
+            for model_type in sorted(model_types(auto)):
+                done = rows.get(auto, {}).get(model_type)
+                again = arguments.failed and done is not None and not right(done)
+                if model_type in arguments.only if arguments.only else (done is None or again):
+                    tasks.append((auto, model_type))
+        end = time.monotonic() + 60 * arguments.minutes
 
-    def expire(signum: int, frame: Any) -> None:
-        raise OutOfTimeError
+        def finish(auto: str, model_type: str, row: dict[str, Any]) -> None:
+            print(auto, model_type, json.dumps(row), file=sys.stderr, flush=True)
+            _store(results, auto, model_type, row)
+            if time.monotonic() > end:
+                raise SystemExit("out of time; run again to go on")
 
-    signal.signal(signal.SIGALRM, expire)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    began = time.monotonic()
-    for model_type in arguments.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if (model_type in rows and not arguments.only) or time.monotonic() - began > 60 * arguments.minutes:
-            continue
-        signal.alarm(SECONDS)
-        try:
-            rows[model_type] = run_class(model_type)
-        except OutOfTimeError:
-            rows[model_type] = {"error": f"took more than {SECONDS} s"}
-        except Exception as error:
-            rows[model_type] = {"error": _short(error)}
-        finally:
-            signal.alarm(0)
-        print(model_type, json.dumps(rows[model_type]), file=sys.stderr, flush=True)
-        beside = RESULTS.with_suffix(".tmp")
-        beside.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-        beside.replace(RESULTS)
-    PAGE.write_text(page(rows))
+        run_all(tasks, not arguments.no_surgeries, arguments.workers, arguments.seconds, finish)
+    if results == RESULTS:
+        PAGE.write_text(page(json.loads(results.read_text()), list(SURGERIES), LAYERS))
+
+
+def right(row: dict[str, Any]) -> bool:
+    """Whether every check that was made of a class came out well, declines included."""
+    if row.get("builds") != "ok":
+        return row.get("builds") is not None
+    from coverage_page import views_right
+
+    cuts = row.get("surgeries", {}).values()
+    return (
+        row.get("captures") == "ok"
+        and row["equal"] == row["disk"] == "ok"
+        and views_right(row)
+        and all(answer.startswith(("ok", "declined")) for answer in cuts)
+    )
 
 
 if __name__ == "__main__":

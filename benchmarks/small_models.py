@@ -1,0 +1,343 @@
+"""Small random models of every class in transformers' auto mappings, built from generic recipes: no table per model.
+
+A recipe sets every size that a config knows by one of a few common names; the first recipe that a class builds and runs
+with is taken. The parts that exist are counted from the module tree and from one eager run, never from a graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers.models.auto import modeling_auto
+
+AUTOS = {
+    "causal_lm": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
+    "masked_lm": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
+    "sequence_classification": (
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "AutoModelForSequenceClassification",
+    ),
+    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
+    "image_classification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
+    "speech_seq2seq": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
+    "image_text_to_text": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    "time_series": ("MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES", "AutoModelForTimeSeriesPrediction"),
+    "mask_generation": ("MODEL_FOR_MASK_GENERATION_MAPPING_NAMES", "AutoModelForMaskGeneration"),
+    "object_detection": ("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "AutoModelForObjectDetection"),
+}
+LAYERS = 3
+_SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 56,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "d_ff": 56,
+    "max_position_embeddings": 128,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "qk_head_dim": 12,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_INNER = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "mamba_d_ssm": 64,
+    "ssm_state_size": 8,
+    "mamba_d_state": 8,
+    "state_size": 8,
+    "n_groups": 1,
+    "mamba_n_groups": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "lru_width": 32,
+    "num_heads": 4,
+    "word_embed_proj_dim": 32,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+}
+_WIDE_HEADS = {"head_dim": 16, "hidden_size": 64, "intermediate_size": 112}
+RECIPES: tuple[dict[str, Any], ...] = (
+    _SIZES,
+    _SIZES | _LATENT,
+    _SIZES | _LATENT | _INNER,
+    _SIZES | _INNER,
+    _SIZES | {"num_key_value_heads": 4},
+    _SIZES | _LATENT | _INNER | _WIDE_HEADS,
+    _SIZES | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192},
+    _SIZES | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 384},
+    # The class's own sizes with fewer layers.
+    {name: _SIZES[name] for name in ("vocab_size", "num_hidden_layers", "num_layers", "encoder_layers")}
+    | {name: _SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+)
+PARAMETERS = 200_000_000
+
+
+class NotBuiltError(Exception):
+    """No recipe builds the class; the message holds the first reason and the last."""
+
+
+def model_types(auto: str) -> dict[str, Any]:
+    """Class names by model type of one auto class."""
+    return dict(getattr(modeling_auto, AUTOS[auto][0]))
+
+
+def small_config(model_type: str, recipe: dict[str, Any]) -> Any:
+    """The config class's own defaults with every size it has a name for made small, sub-configs included."""
+    return _shrink(transformers.CONFIG_MAPPING[model_type], {}, recipe)
+
+
+def _shrink(cls: Any, given: dict[str, Any], recipe: dict[str, Any]) -> Any:
+    defaults = cls(**given)
+    known = defaults.to_dict()
+    values = dict(given)
+    for name, value in recipe.items():
+        own = defaults.attribute_map.get(name, name)
+        if own in known or name in known:
+            values[own if own in known else name] = value
+    for name in defaults.sub_configs:
+        part = getattr(defaults, name, None)
+        if part is not None:
+            values[name] = _shrink(type(part), {}, recipe)
+    depth = getattr(defaults, "num_hidden_layers", None)
+    for name, value in known.items():
+        # Lists with an entry a layer: as many entries of each kind as there are layers.
+        if isinstance(value, list) and value and isinstance(depth, int) and len(value) == depth > LAYERS:
+            values[name] = _spread(value)
+        elif isinstance(value, list) and name == "layer_types":
+            values[name] = _spread(value * LAYERS)
+    return cls(**values)
+
+
+def _spread(kinds: list[Any]) -> list[Any]:
+    """The first of each kind in order of appearance, then the first kinds again."""
+    seen = list(dict.fromkeys(map(str, kinds)))
+    first = [next(kind for kind in kinds if str(kind) == name) for name in seen]
+    return (first + list(kinds))[:LAYERS]
+
+
+def build(auto: str, model_type: str) -> tuple[Any, int]:
+    """A small random model in float32 and the number of the recipe that made it; raises NotBuiltError."""
+    refused: list[str] = []
+    for number, recipe in enumerate(RECIPES):
+        try:
+            config = small_config(model_type, recipe)
+            factory = getattr(transformers, AUTOS[auto][1]).from_config
+            with torch.device("meta"):
+                size = sum(p.numel() for p in factory(config).parameters())
+            if size > PARAMETERS:
+                refused.append(f"{size / 1e6:.0f}M parameters")
+                continue
+            torch.manual_seed(0)
+            model = factory(small_config(model_type, recipe)).eval().float()
+            _randomise(model)
+            run(model, sample_inputs(model))
+        except Exception as error:
+            refused.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:140]}")
+            continue
+        return model, number
+    raise NotBuiltError(f"{refused[0]} | {refused[-1]}")
+
+
+def _randomise(model: Any) -> None:
+    """Weights large enough that every part shows in the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, min(0.15, parameter.shape[-1] ** -0.5))
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def sample_inputs(model: Any, batch: int = 2, seq: int = 19) -> dict[str, torch.Tensor]:
+    """Random inputs at given sizes, for the inputs that graphopt would capture with."""
+    from graphopt.frontend.pretrained import model_inputs
+
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"B": batch, "S": seq}
+    made = {}
+    for spec in model_inputs(model):
+        shape = [sizes.get(size, seq) if isinstance(size, str) else size for size in spec.shape]
+        if spec.role == "tokens":
+            made[spec.name] = torch.randint(3, 90, shape, generator=generator)
+        elif spec.role == "padding":
+            made[spec.name] = torch.ones(shape, dtype=spec.dtype)
+        elif spec.role == "positions":
+            made[spec.name] = torch.arange(shape[1]).expand(shape)
+        elif spec.dtype.is_floating_point:
+            made[spec.name] = torch.randn(shape, generator=generator)
+        else:
+            made[spec.name] = torch.zeros(shape, dtype=spec.dtype)
+    return made
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """The model's own result, without a cache where it has one."""
+    parameters = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in parameters else {}
+    with torch.no_grad():
+        return model(**inputs, **extra)
+
+
+_ATTENTION = ("attention", "attn")
+_MIXERS = (*_ATTENTION, "mamba", "mixer", "ssm", "deltanet", "rwkv", "recurrent", "lstm", "shortconv", "rglru")
+
+
+def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Blocks, softmax attentions, feed-forwards and expert banks that an eager run goes through, by the module tree.
+
+    Blocks are calls of the members of outermost module lists that hold a matrix product; attentions calls of modules
+    named so that run a softmax; feed-forwards the down projections outside attentions and other mixers that read what an
+    up projection of the same block writes; expert banks modules with three-dimensional weights or lists inside blocks.
+    """
+    blocks = dict(_blocks(model))
+    counts = {"blocks": 0, "attentions": 0, "feed_forwards": 0, "experts": 0}
+    inside: list[tuple[str, Any]] = []
+    softmax: set[int] = set()
+    handles = []
+    per_block = {id(block): _feed_forwards(block) for block in blocks.values()}
+
+    def enter(module: Any, *_: Any) -> None:
+        inside.append(("attention", module))
+
+    def leave(module: Any, *_: Any) -> None:
+        inside.pop()
+        if id(module) in softmax:
+            softmax.discard(id(module))
+            counts["attentions"] += 1
+
+    def block_called(module: Any, *_: Any) -> None:
+        counts["blocks"] += 1
+        dense, banks = per_block[id(module)]
+        counts["feed_forwards"] += dense
+        counts["experts"] += banks
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(function, "__name__", "")
+            if inside and ("softmax" in name or name == "scaled_dot_product_attention"):
+                softmax.add(id(inside[-1][1]))
+            return function(*args, **(kwargs or {}))
+
+    for module in model.modules():
+        name = type(module).__name__.lower()
+        if any(word in name for word in _ATTENTION) or isinstance(module, torch.nn.MultiheadAttention):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    handles += [block.register_forward_hook(block_called) for block in {id(b): b for b in blocks.values()}.values()]
+    try:
+        with Watch():
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    """Members of outermost module lists in which a matrix product happens behind at least one more module."""
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or any(name.startswith(t + ".") for t in taken):
+            continue
+        deep = [child for child in module if any(_is_linear(m) for m in child.modules()) and list(child.children())]
+        if not deep:
+            continue
+        inner = [m for child in deep for m in child.modules() if isinstance(m, torch.nn.ModuleList)]
+        nested = [m for m in inner if any(_looks_like_block(c) for c in m)]
+        if nested and not any(_looks_like_block(child, nested) for child in deep):
+            continue  # Groups of layers (stages): their members are the blocks.
+        taken.append(name)
+        for index, child in enumerate(module):
+            if child in deep:
+                yield f"{name}.{index}", child
+
+
+def _looks_like_block(module: Any, without: list[Any] = ()) -> bool:  # type: ignore[assignment]
+    hidden = {id(m) for part in without for m in part.modules()}
+    return any(
+        any(word in type(m).__name__.lower() for word in _MIXERS) and id(m) not in hidden for m in module.modules()
+    )
+
+
+def _is_linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.dim() == 2
+        and not isinstance(module, torch.nn.Embedding)
+        and not list(module.children())
+    )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, transposed ones (Conv1D) included."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+
+
+def _feed_forwards(block: Any) -> tuple[int, int]:
+    """Dense feed-forwards and expert banks of one block."""
+    mixers, banks, lists = [], [], []
+    for name, module in block.named_modules():
+        kind = type(module).__name__.lower()
+        if name and any(word in kind for word in _MIXERS) and not any(w in kind for w in ("mlp", "layer", "block")):
+            mixers.append(name)
+        if any(p.dim() == 3 and p.shape[1] > 1 and p.shape[2] > 1 for p in module.parameters(recurse=False)):
+            banks.append(name)
+        if name and isinstance(module, torch.nn.ModuleList):
+            lists.append(name)
+    hidden = [*mixers, *banks, *lists]
+    linears = [
+        _sizes(module)
+        for name, module in block.named_modules()
+        if _is_linear(module) and not any(name == h or name.startswith(h + ".") for h in hidden)
+    ]
+    dense = 0
+    for down in linears:
+        ups = [up for up in linears if up[0] == down[1] and up[1] in (down[0], 2 * down[0]) and up != down]
+        dense += bool(ups) and down[0] != down[1] and down[0] > down[1] - 9
+    outer = [n for n in banks if not any(n.startswith(m + ".") for m in mixers)]
+    listed = [
+        n
+        for n in lists
+        if not any(n.startswith(m + ".") for m in [*mixers, *outer])
+        and any(
+            "expert" in type(c).__name__.lower() or "mlp" in type(c).__name__.lower() for c in block.get_submodule(n)
+        )
+    ]
+    return dense, len(outer) + len(listed)
