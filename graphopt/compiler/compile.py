@@ -2,14 +2,14 @@
 
 spec.yaml -> load_spec -> resolve (facts and order; no model yet)
 model     -> capture   -> Program
-per step:  views -> observe? -> plan -> edits and declines -> apply -> verify -> cost -> trail
+per step:  views -> observe? -> plan -> edits and declines -> apply -> verify -> train? -> cost -> trail
 checks, then save
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 
 from graphopt.artifact import load, save
 from graphopt.compiler.resolve import Resolved, resolve
-from graphopt.compiler.text import batches, evaluate
+from graphopt.compiler.text import batches, evaluate, tokens_of
 from graphopt.compiler.verify import verify as verify_step
 from graphopt.cost import cost
 from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, PlanError
@@ -29,6 +29,7 @@ from graphopt.observe.run import observe
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
 from graphopt.spec import LoadedSpec, ScalarError, StepSpec, load_spec, select_paths, write_lock
+from graphopt.train import Record, train
 from graphopt.views import Views
 
 REPORT_AT = {"B": 1, "S": 512}
@@ -60,14 +61,13 @@ class _Silent:
 
 @dataclass(frozen=True)
 class Step:
-    """One step after its plan: what it was, what it decided, and the programs around it."""
+    """One step after its surgery: what it was, what it decided, and the programs around it."""
 
     spec: StepSpec
     config: Pass
     plan: Plan
     before: Program
     after: Program
-    seconds: float
 
 
 def compile(
@@ -79,10 +79,12 @@ def compile(
     verify: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    state: str | Path | None = None,
 ) -> Program:
     """Transform `model` (a checkpoint directory, a module or a Program) as `spec` says; save to `out` when given.
 
-    Raises SpecError, PlanError, VerifyError or CheckError with the place in the spec; nothing is written then.
+    Steps that train keep their state in the directory `state` and go on from there when they are run again. Raises
+    SpecError, PlanError, VerifyError or CheckError with the place in the spec; nothing is written to `out` then.
     """
     progress = progress or _Silent()
     resolved = resolve(_loaded(spec, overrides))
@@ -93,15 +95,21 @@ def compile(
     level = verify or spec_values.verify.level
     quality = _measure(program, resolved, progress)
     original, first, trail = program, quality, list(program.trail)
-    for step in _steps(program, resolved, progress):
+    programs = {"original": program}
+    for spec_step, config in resolved.steps:
+        started = time.perf_counter()
+        step = _step(program, spec_step, config, resolved, progress)
         progress.stage(f"verify {step.spec.id}", None)
         certificate = verify_step(
             step.before, step.after, step.plan, step.config.effect, level, step.spec.place, step.spec.id
         )
         progress.done()
+        program, record = _train(step, programs, resolved, progress, state)
+        programs[step.spec.id] = program
+        if record is not None:
+            certificate["training"] = record.to_json()
         before = _figures(step.before, quality)
-        quality = _measure(step.after, resolved, progress)
-        program = step.after
+        quality = _measure(program, resolved, progress)
         trail.append(
             Applied(
                 step=step.spec.id,
@@ -111,9 +119,9 @@ def compile(
                 declines=tuple(decline.to_json() for decline in step.plan.declines),
                 certificate={**certificate, **({"notes": dict(step.plan.notes)} if step.plan.notes else {})},
                 before=before,
-                after=_figures(step.after, quality),
+                after=_figures(program, quality),
                 place=str(step.spec.place),
-                seconds=round(step.seconds, 3),
+                seconds=round(time.perf_counter() - started, 3),
             )
         )
     program = replace(program, trail=tuple(trail))
@@ -138,10 +146,15 @@ def compile(
 
 
 def plan_steps(model: Any, loaded: LoadedSpec, progress: Progress | None = None) -> list[tuple[StepSpec, Plan]]:
-    """Plan every step, each on the result of the ones before; writes nothing and verifies nothing."""
+    """Plan every step, each on the result of the ones before; writes, verifies and trains nothing."""
     resolved = resolve(loaded)
     program = capture(model if model is not None else _model_of(loaded))
-    return [(step.spec, step.plan) for step in _steps(program, resolved, progress or _Silent())]
+    plans = []
+    for spec, config in resolved.steps:
+        step = _step(program, spec, config, resolved, progress or _Silent())
+        plans.append((spec, step.plan))
+        program = step.after
+    return plans
 
 
 def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: Any) -> Program:
@@ -158,32 +171,56 @@ def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: A
     return load(model, **options)
 
 
-def _steps(program: Program, resolved: Resolved, progress: Progress) -> Iterator[Step]:
-    """Plan and apply one step after another."""
-    for spec, config in resolved.steps:
-        started = time.perf_counter()
-        try:
-            views = Views(program)
-            context = _context(views, spec, resolved)
-            taps = config.observe(context)
-            if taps:
-                statistics = _observe(program, taps, resolved, spec, progress)
-                context = Context(context.views, context.layers, statistics, context.seed, context.paths, context.facts)
-            plan = config.plan(context)
-            if not plan.edits and not spec.optional:
-                raise PlanError.of(
-                    "nothing_to_do",
-                    f"{spec.use} found nothing to change",
-                    notes=tuple(f"{decline.candidate}: {decline.reason}" for decline in plan.declines[:8]),
-                    help=("change the options, or say `optional: true`",),
-                )
-            after = apply_edits(program, views, plan.edits, spec.id) if plan.edits else program
-        except ScalarError as error:
-            raise error.at(spec.place) from error
-        except GraphoptError as error:
-            raise _placed(error, spec.place) from error
-        yield Step(spec, config, plan, program, after, time.perf_counter() - started)
-        program = after
+def _step(program: Program, spec: StepSpec, config: Pass, resolved: Resolved, progress: Progress) -> Step:
+    """Plan one step and apply its edits."""
+    try:
+        views = Views(program)
+        context = _context(views, spec, resolved)
+        taps = config.observe(context)
+        if taps:
+            statistics = _observe(program, taps, resolved, spec, progress)
+            context = Context(context.views, context.layers, statistics, context.seed, context.paths, context.facts)
+        plan = config.plan(context)
+        if not plan.edits and not spec.optional:
+            raise PlanError.of(
+                "nothing_to_do",
+                f"{spec.use} found nothing to change",
+                notes=tuple(f"{decline.candidate}: {decline.reason}" for decline in plan.declines[:8]),
+                help=("change the options, or say `optional: true`",),
+            )
+        after = apply_edits(program, views, plan.edits, spec.id) if plan.edits else program
+    except ScalarError as error:
+        raise error.at(spec.place) from error
+    except GraphoptError as error:
+        raise _placed(error, spec.place) from error
+    return Step(spec, config, plan, program, after)
+
+
+def _train(
+    step: Step, programs: Mapping[str, Program], resolved: Resolved, progress: Progress, state: str | Path | None
+) -> tuple[Program, Record | None]:
+    """The step's program with its weights trained as its plan asks; `programs` are those that may teach it."""
+    training, text = step.plan.training, resolved.loaded.spec.calibration
+    if training is None:
+        return step.after, None
+    try:
+        if text is None:
+            raise PlanError.of("no_calibration", f"{step.spec.use} trains, but the spec has no calibration text")
+        teachers = {**programs, "before": step.before}
+        teacher = teachers[training.teacher] if training.teacher is not None else None
+        progress.stage(f"train {step.spec.id}", training.recipe.steps)
+        found = train(
+            step.after,
+            training,
+            tokens_of(step.after, text.data),
+            teacher,
+            state=Path(state) / step.spec.id if state is not None else None,
+            tell=progress.advance,
+        )
+        progress.done()
+    except GraphoptError as error:
+        raise _placed(error, step.spec.place) from error
+    return found
 
 
 def _context(views: Views, step: StepSpec, resolved: Resolved) -> Context:

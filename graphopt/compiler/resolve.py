@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt.diagnostics import Diagnostic, PlanError
+from graphopt.diagnostics import Diagnostic, PlanError, did_you_mean
 from graphopt.passkit.base import Pass
 from graphopt.passkit.facts import Fact
 from graphopt.spec import LoadedSpec, StepSpec
@@ -71,6 +71,11 @@ def resolve(loaded: LoadedSpec) -> Resolved:
                     ("add calibration: {data: FILE, samples: 64, seq: 256}",),
                 )
             )
+        earlier = [before.id for before, _ in steps]
+        for name in config.refers_to():
+            if name not in earlier:
+                message = f"{step.use} refers to step {name!r}, which is not before it"
+                problems.append(Diagnostic("unknown_step", message, step.place, (), did_you_mean(name, earlier)))
         for fact in config.adds:
             facts[fact] = step
         for fact in config.drops:

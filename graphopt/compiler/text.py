@@ -52,14 +52,19 @@ def batches(
     program: Program, data: str | Path, samples: int, seq: int, batch: int = 1, seed: int = 0
 ) -> list[dict[str, torch.Tensor]]:
     """Calibration or evaluation batches of a text for a program, `input_ids` `[batch, seq]` each."""
+    made: list[dict[str, torch.Tensor]] = token_batches(tokens_of(program, data), samples, seq, batch, seed)
+    return made
+
+
+def tokens_of(program: Program, data: str | Path) -> torch.Tensor:
+    """Tokens `[N]` of a text for a program; raises PlanError when its embedding does not have them all."""
     tokens = load_text(data, program.origin.path)
     vocabulary = _vocabulary(program)
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
         raise PlanError.of(
             "wrong_tokenizer", f"{data} holds token {int(tokens.max())}, but the embedding has {vocabulary} rows"
         )
-    made: list[dict[str, torch.Tensor]] = token_batches(tokens, samples, seq, batch, seed)
-    return made
+    return tokens
 
 
 def evaluate(

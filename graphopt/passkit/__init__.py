@@ -10,12 +10,25 @@ from graphopt.passkit.facts import Effect, Fact
 from graphopt.passkit.registry import PassRegistry
 
 if TYPE_CHECKING:
-    from graphopt.passkit.edits import Anchor, Cut, Decline, Edit, Plan, Skip
+    from graphopt.passkit.edits import Anchor, Cut, Decline, Edit, Plan, Skip, Train
 
-__all__ = ["Anchor", "Context", "Cut", "Decline", "Edit", "Effect", "Fact", "Pass", "PassRegistry", "Plan", "Skip"]
+__all__ = [
+    "Anchor",
+    "Context",
+    "Cut",
+    "Decline",
+    "Edit",
+    "Effect",
+    "Fact",
+    "Pass",
+    "PassRegistry",
+    "Plan",
+    "Skip",
+    "Train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Anchor", "Cut", "Decline", "Edit", "Plan", "Skip"):
+    if name in ("Anchor", "Cut", "Decline", "Edit", "Plan", "Skip", "Train"):
         return getattr(import_module("graphopt.passkit.edits"), name)
     raise AttributeError(name)

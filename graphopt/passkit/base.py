@@ -62,6 +62,10 @@ class Pass(BaseModel):
         """Whether `observe` will ask for statistics; known from the options alone."""
         return False
 
+    def refers_to(self) -> tuple[str, ...]:
+        """Ids of earlier steps that the options name."""
+        return ()
+
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """The statistics that `plan` needs from calibration; none by default."""
         return ()

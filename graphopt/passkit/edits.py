@@ -20,6 +20,7 @@ from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Const, MatMul, Sum, Take
+from graphopt.passkit.training import Training
 from graphopt.views import Atom, Keep, Linear, Views, cut, find, indices, leaves, size_of
 
 aten = torch.ops.aten
@@ -244,6 +245,40 @@ class Skip(Edit):
             rewriter.forward(after, same)
 
 
+@dataclass(frozen=True, eq=False)
+class Train(Edit):
+    """Weights that the train stage moves after all other edits; the graph stays, so that surgery does nothing."""
+
+    training: Training
+    parameters: int
+
+    @property
+    def candidate(self) -> str:
+        """All weights are one candidate."""
+        return "model:weights"
+
+    def describe(self) -> str:
+        """What is trained, on what, for how long."""
+        recipe, losses = self.training.recipe, self.training.losses.model_dump(exclude_none=True, exclude_defaults=True)
+        runs = f" x {recipe.accumulate}" if recipe.accumulate > 1 else ""
+        how = f"LoRA of rank {self.training.lora.rank} on " if self.training.lora else ""
+        teacher = f", taught by {self.training.teacher}" if self.training.teacher else ""
+        return (
+            f"train {how}{len(self.training.weights)} weights ({self.parameters:,} parameters) by {', '.join(losses)}"
+            f"{teacher}: {recipe.steps} steps of {recipe.batch}{runs} x {recipe.seq} tokens"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the trail."""
+        return {"edit": "train", "parameters": self.parameters, **self.training.to_json()}
+
+    def apply(self, rewriter: Rewriter, views: Views) -> None:
+        """Nothing: weights move in the train stage."""
+
+    def emulate(self, rewriter: Rewriter, views: Views) -> None:
+        """Nothing, as in `apply`: what is compared is the program before its weights move."""
+
+
 @dataclass(frozen=True)
 class Decline:
     """A candidate that a plan leaves alone, and why."""
@@ -263,6 +298,11 @@ class Plan:
     edits: tuple[Edit, ...]
     declines: tuple[Decline, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def training(self) -> Training | None:
+        """What the train stage shall do after the edits; None when it has nothing to do."""
+        return next((edit.training for edit in self.edits if isinstance(edit, Train)), None)
 
 
 def apply_edits(program: Program, views: Views, edits: tuple[Edit, ...], by: str = "") -> Program:

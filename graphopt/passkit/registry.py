@@ -22,6 +22,7 @@ BUILT_IN = {
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",
     "prune_units": "graphopt.passes.width.prune_units:PruneUnits",
+    "recover": "graphopt.passes.training.recover:Recover",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
     "skip_layers": "graphopt.passes.depth.skip_layers:SkipLayers",
 }

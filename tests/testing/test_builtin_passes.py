@@ -23,6 +23,7 @@ PLAIN = {
     "prune_hidden": {"keep": "50%"},
     "prune_neurons": {"keep": "40%"},
     "prune_units": {"units": ("query", "neuron"), "keep": "60%", "allocate": {"kind": "global", "tolerance": "50%"}},
+    "recover": {},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},
     "skip_layers": {"layers": 1},
 }

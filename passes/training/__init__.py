@@ -1,0 +1,1 @@
+"""Passes that change weights by training and leave the graph alone."""
