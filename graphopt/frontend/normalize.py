@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.frontend.matching import is_op
 from graphopt.frontend.raise_attention import raise_spelled_attention
+from graphopt.frontend.raise_rotary import raise_rotary
 from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -39,15 +41,6 @@ def normalize(graph_module: fx.GraphModule) -> None:
     eliminate_dead_code(graph)
     graph.lint()
     graph_module.recompile()
-
-
-def is_op(node: Any, *targets: Any) -> bool:
-    """Whether `node` is a call of one of `targets`; an overload packet stands for all its overloads."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    target = node.target
-    packet = getattr(target, "overloadpacket", None)
-    return any(target is wanted or packet is wanted for wanted in targets)
 
 
 def inline_wrappers(graph_module: fx.GraphModule) -> None:
@@ -322,50 +315,6 @@ def _gain(product: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node | None
         if back is not None and back.meta["val"].dtype == dtype:
             return back, weight, True
     return product, None, False
-
-
-def raise_rotary(graph: fx.Graph) -> None:
-    """Raise x * cos + cat(-x2, x1) * sin to `graphopt::rotary` (half layout, whole width of x)."""
-    for node in list(graph.nodes):
-        if not is_op(node, aten.add) or not all(is_op(a, aten.mul) for a in node.args[:2]) or len(node.args) != 2:
-            continue
-        left, right = node.args
-        for straight, turned in ((left, right), (right, left)):
-            found = _rotation(straight, turned)
-            if found is not None:
-                x, cos, sin = found
-                with graph.inserting_before(node):
-                    new = graph.call_function(torch.ops.graphopt.rotary.default, (x, cos, sin, False))
-                _replace(graph, node, new)
-                break
-
-
-def _rotation(straight: fx.Node, turned: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    cat = next((a for a in turned.args if is_op(a, aten.cat)), None)
-    if cat is None:
-        return None
-    pieces, axis = cat.args[0], (cat.args[1] if len(cat.args) > 1 else 0)
-    rank = cat.meta["val"].dim()
-    if len(pieces) != 2 or axis not in (-1, rank - 1) or not is_op(pieces[0], aten.neg):
-        return None
-    second, first = pieces[0].args[0], pieces[1]
-    if not (is_op(first, aten.slice) and is_op(second, aten.slice)) or first.args[0] is not second.args[0]:
-        return None
-    x = first.args[0]
-    width = x.meta["val"].shape[-1]
-    half = width // 2
-    if not isinstance(width, int) or tuple(first.args[1:4]) not in ((rank - 1, 0, half), (-1, 0, half)):
-        return None
-    start = second.args[2]
-    if second.args[1] not in (-1, rank - 1) or start != half or second.args[3] < width:
-        return None
-    cos = next((a for a in straight.args if a is not x), None)
-    sin = next((a for a in turned.args if a is not cat), None)
-    if x not in straight.args or not isinstance(cos, fx.Node) or not isinstance(sin, fx.Node):
-        return None
-    if cos.meta["val"].shape[-1] != width or sin.meta["val"].shape[-1] != width:
-        return None
-    return x, cos, sin
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.frontend.matching import is_op, through
+
 aten = torch.ops.aten
 _HIDDEN = -1e4
-
-
-def _is(node: Any, *targets: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    return getattr(node.target, "overloadpacket", None) in targets
 
 
 @dataclass
@@ -39,26 +35,20 @@ class _Scores:
 def raise_spelled_attention(graph: fx.Graph) -> None:
     """Raise every spelled-out attention of a graph in place."""
     for node in list(graph.nodes):
-        if _is(node, aten.matmul, aten.bmm):
+        if is_op(node, aten.matmul, aten.bmm):
             found = _match(node)
             if found is not None:
                 _emit(graph, node, found)
 
 
 def _match(product: fx.Node) -> _Scores | None:
-    probabilities = _through(product.args[0], aten.to, aten.view, aten.reshape, aten.expand, aten.clone)
-    if not _is(probabilities, aten.softmax, aten._softmax):
+    probabilities = through(product.args[0], aten.to, aten.view, aten.reshape, aten.expand, aten.clone)
+    if not is_op(probabilities, aten.softmax, aten._softmax):
         return None
     rank = probabilities.meta["val"].dim()
     if probabilities.args[1] not in (-1, rank - 1):
         return None
     return _logits(probabilities.args[0])
-
-
-def _through(node: Any, *targets: Any) -> Any:
-    while _is(node, *targets):
-        node = node.args[0]
-    return node
 
 
 def _logits(node: Any) -> _Scores | None:
@@ -69,42 +59,42 @@ def _logits(node: Any) -> _Scores | None:
     visible: list[tuple[fx.Node, bool]] = []
     view: fx.Node | None = None
     while isinstance(node, fx.Node):
-        if _is(node, aten.to, aten.clone):
+        if is_op(node, aten.to, aten.clone):
             node = node.args[0]
-        elif _is(node, aten.view, aten.reshape) and view is None:
+        elif is_op(node, aten.view, aten.reshape) and view is None:
             view, node = node, node.args[0]
-        elif _is(node, aten.mul, aten.div) and _number(node.args[1]) is not None:
+        elif is_op(node, aten.mul, aten.div) and _number(node.args[1]) is not None:
             factor = _number(node.args[1]) or 0.0
-            factor = factor if _is(node, aten.mul) else 1.0 / factor
-            inner = _through(node.args[0], aten.to)
-            if _is(inner, aten.tanh) and outer_scale == 1.0:
+            factor = factor if is_op(node, aten.mul) else 1.0 / factor
+            inner = through(node.args[0], aten.to)
+            if is_op(inner, aten.tanh) and outer_scale == 1.0:
                 softcap, node = factor, inner.args[0]
-                if not _is(node, aten.div, aten.mul):
+                if not is_op(node, aten.div, aten.mul):
                     return None
                 shrink = _number(node.args[1])
-                shrink = None if shrink is None else shrink if _is(node, aten.div) else 1.0 / shrink
+                shrink = None if shrink is None else shrink if is_op(node, aten.div) else 1.0 / shrink
                 if shrink is None or abs(shrink - softcap) > 1e-6 * softcap:
                     return None
             else:
                 outer_scale *= factor
             node = node.args[0]
-        elif _is(node, aten.add) and len(node.args) == 2 and outer_scale == 1.0 and softcap is None:
+        elif is_op(node, aten.add) and len(node.args) == 2 and outer_scale == 1.0 and softcap is None:
             sides = [a for a in node.args if isinstance(a, fx.Node)]
             inner = [side for side in sides if _holds_scores(side)]
             if len(sides) != 2 or len(inner) != 1:
                 return None
             biases.append(next(side for side in sides if side is not inner[0]))
             node = inner[0]
-        elif _is(node, aten.masked_fill) and outer_scale == 1.0 and (_number(node.args[2]) or 0) < _HIDDEN:
+        elif is_op(node, aten.masked_fill) and outer_scale == 1.0 and (_number(node.args[2]) or 0) < _HIDDEN:
             visible.append((node.args[1], False))
             node = node.args[0]
-        elif _is(node, aten.where) and outer_scale == 1.0 and (_number(node.args[2]) or 0) < _HIDDEN:
+        elif is_op(node, aten.where) and outer_scale == 1.0 and (_number(node.args[2]) or 0) < _HIDDEN:
             visible.append((node.args[0], True))
             node = node.args[1]
-        elif _is(node, aten.matmul, aten.bmm):
+        elif is_op(node, aten.matmul, aten.bmm):
             q, k = node.args
             return _Scores(q, k, outer_scale, softcap, biases, visible, view)
-        elif _is(node, aten.baddbmm):
+        elif is_op(node, aten.baddbmm):
             beta, alpha = float(node.kwargs.get("beta", 1.0)), float(node.kwargs.get("alpha", 1.0))
             if beta != 1.0 or outer_scale != 1.0:
                 return None
@@ -118,14 +108,14 @@ def _logits(node: Any) -> _Scores | None:
 def _holds_scores(node: fx.Node) -> bool:
     """Whether a product of two activations lies behind a chain of scalings, casts and masks."""
     while isinstance(node, fx.Node):
-        if _is(node, aten.matmul, aten.bmm, aten.baddbmm):
-            second = node.args[2 if _is(node, aten.baddbmm) else 1]
+        if is_op(node, aten.matmul, aten.bmm, aten.baddbmm):
+            second = node.args[2 if is_op(node, aten.baddbmm) else 1]
             return isinstance(second, fx.Node) and "weight" not in second.meta
-        if _is(node, aten.to, aten.mul, aten.div, aten.view, aten.reshape, aten.masked_fill, aten.clone, aten.tanh):
+        if is_op(node, aten.to, aten.mul, aten.div, aten.view, aten.reshape, aten.masked_fill, aten.clone, aten.tanh):
             node = node.args[0]  # type: ignore[assignment]
-        elif _is(node, aten.add):
+        elif is_op(node, aten.add):
             return any(isinstance(a, fx.Node) and _holds_scores(a) for a in node.args)
-        elif _is(node, aten.where):
+        elif is_op(node, aten.where):
             node = node.args[1]  # type: ignore[assignment]
         else:
             return False
@@ -137,12 +127,12 @@ def _number(value: Any) -> float | None:
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, fx.Node):
-        value = _through(value, aten.to, aten.clone, aten.alias)
+        value = through(value, aten.to, aten.clone, aten.alias)
         constant = value.meta.get("constant")
         if constant is not None and constant.numel() == 1:
             return float(constant.item())
-        if _is(value, aten.full, aten.scalar_tensor, aten.full_like):
-            number = value.args[-1] if _is(value, aten.full, aten.full_like) else value.args[0]
+        if is_op(value, aten.full, aten.scalar_tensor, aten.full_like):
+            number = value.args[-1] if is_op(value, aten.full, aten.full_like) else value.args[0]
             return float(number) if isinstance(number, int | float) else None
     return None
 
@@ -208,28 +198,28 @@ def _four(x: fx.Node, batch: Any, heads: Any, call: Callable[..., fx.Node]) -> f
 
 def _untranspose(k: fx.Node, call: Callable[..., fx.Node]) -> fx.Node:
     rank = k.meta["val"].dim()
-    if _is(k, aten.transpose) and {a % rank for a in k.args[1:3]} == {rank - 1, rank - 2}:  # type: ignore[operator]
+    if is_op(k, aten.transpose) and {a % rank for a in k.args[1:3]} == {rank - 1, rank - 2}:  # type: ignore[operator]
         return k.args[0]  # type: ignore[return-value]
     return call(aten.transpose.int, k, -1, -2)
 
 
 def heads_repeated(x: Any) -> Any:
     """The tensor whose heads `expand` and `reshape` repeat ([B, K, T, D] to [B, K * G, T, D]), or None."""
-    if not _is(x, aten.reshape, aten.view, aten._unsafe_view):
+    if not is_op(x, aten.reshape, aten.view, aten._unsafe_view):
         return None
-    wide = _through(x.args[0], aten.clone, aten.contiguous)
-    if not _is(wide, aten.expand):
+    wide = through(x.args[0], aten.clone, aten.contiguous)
+    if not is_op(wide, aten.expand):
         return None
     narrow = wide.args[0]
-    if not _is(narrow, aten.unsqueeze) or narrow.args[1] != 2 or wide.meta["val"].dim() != 5:
+    if not is_op(narrow, aten.unsqueeze) or narrow.args[1] != 2 or wide.meta["val"].dim() != 5:
         return None
     return narrow.args[0]
 
 
 def _visibility(bias: Any) -> fx.Node | None:
     """The bool mask behind `where(mask, 0, lowest)`."""
-    bias = _through(bias, aten.to)
-    if _is(bias, aten.where) and _number(bias.args[1]) == 0.0 and (_number(bias.args[2]) or 0) < _HIDDEN:
+    bias = through(bias, aten.to)
+    if is_op(bias, aten.where) and _number(bias.args[1]) == 0.0 and (_number(bias.args[2]) or 0) < _HIDDEN:
         return bias.args[0]  # type: ignore[no-any-return]
     return None
 
