@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from graphopt.diagnostics import CaptureError
 from graphopt.frontend.normalize import normalize
+from graphopt.frontend.ranges import fixed, guarded, is_constraint, suggested
 from graphopt.ir.program import Dim, Entry, Input, Origin, Program
 from graphopt.ir.purity import eliminate_dead_code
 from graphopt.ir.shapes import propagate
@@ -40,7 +43,9 @@ def capture_module(
     """
     specs = tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    exported = _export(module, specs, dims, device)
+    exported, dims = _export(module, specs, dims, device)
+    sizes = {dim.name: dim.low for dim in dims if dim.low == dim.high}
+    specs = tuple(replace(spec, shape=tuple(sizes.get(size, size) for size in spec.shape)) for spec in specs)  # type: ignore[arg-type]
     constants = dict(constants or {})
     aliases = _alias_groups(module, names_on_disk)
     weights: dict[str, Weight] = {}
@@ -99,46 +104,80 @@ def _valueless(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
-def _export(module: torch.nn.Module, specs: tuple[Input, ...], dims: tuple[Dim, ...], device: torch.device) -> Any:
-    named = {dim.name: ExportDim(dim.name, min=dim.low, max=dim.high) for dim in dims}
+def _export(
+    module: torch.nn.Module, specs: tuple[Input, ...], dims: tuple[Dim, ...], device: torch.device
+) -> tuple[Any, tuple[Dim, ...]]:
+    """The exported program and the dimensions it holds for: those asked for, or the widest that export allows.
+
+    When export refuses a range, its suggestion is taken; else its conditions are deferred and evaluated; at last the
+    dimensions that the model specialises are fixed at their hints.
+    """
+    deferred = False
+    for _ in range(2 * len(dims) + 3):
+        try:
+            exported = _export_once(module, specs, dims, device, deferred)
+        except Exception as error:
+            if is_constraint(error):
+                narrower = suggested(error, dims)
+                if narrower is None and not deferred:
+                    deferred = True
+                    continue
+                narrower = narrower or fixed(error, dims)
+                if narrower is not None:
+                    dims, deferred = narrower, deferred and any(dim.low < dim.high for dim in narrower)
+                    continue
+            raise _not_exportable(module, error) from error
+        return exported, guarded(exported, specs, dims)
+    raise CaptureError.of(
+        "not_exportable", f"torch.export finds no sizes for which it can capture {type(module).__name__}"
+    )
+
+
+def _export_once(
+    module: torch.nn.Module, specs: tuple[Input, ...], dims: tuple[Dim, ...], device: torch.device, deferred: bool
+) -> Any:
+    named = {dim.name: ExportDim(dim.name, min=dim.low, max=dim.high) for dim in dims if dim.low < dim.high}
     hints = {dim.name: dim.hint for dim in dims}
     example, dynamic = {}, {}
     for spec in specs:
         sizes = [hints[size] if isinstance(size, str) else size for size in spec.shape]
         example[spec.name] = torch.zeros(sizes, dtype=spec.dtype, device=device)
-        dynamic[spec.name] = {i: named[size] for i, size in enumerate(spec.shape) if isinstance(size, str)}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                module.eval(),
-                (),
-                example,
-                dynamic_shapes=dynamic,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=False,
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        where = _model_line(error)
-        raise CaptureError.of(
-            "not_exportable",
-            f"torch.export cannot capture {type(module).__name__}: {reason[0] if reason else type(error).__name__}",
-            notes=tuple(reason[1:6]) + ((f"model line: {where}",) if where else ()),
-            help=("graphopt captures what torch.export can take; change the line named above",),
-        ) from error
+        dynamic[spec.name] = {i: named[size] for i, size in enumerate(spec.shape) if size in named}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            module.eval(),
+            (),
+            example,
+            dynamic_shapes=dynamic,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
 
 
-def _model_line(error: BaseException) -> str | None:
-    """The innermost line of model code in the traceback: not torch's, not ours."""
-    found = None
+def _not_exportable(module: torch.nn.Module, error: Exception) -> CaptureError:
+    reason = str(error).strip().splitlines()
+    where = _model_line(module, error)
+    return CaptureError.of(
+        "not_exportable",
+        f"torch.export cannot capture {type(module).__name__}: {reason[0] if reason else type(error).__name__}",
+        notes=((f"model line: {where}",) if where else ()) + tuple(reason[1:6]),
+        help=("graphopt captures what torch.export can take; change the line named above",),
+    )
+
+
+def _model_line(module: torch.nn.Module, error: BaseException) -> str | None:
+    """The innermost line in the traceback of a file that defines a class of the model, else of any file but torch's."""
+    sources = {sys.modules[type(part).__module__].__file__ for part in module.modules()}
+    own = other = None
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "/graphopt/" not in code.co_filename:
-            found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+        if not any(part in code.co_filename for part in ("/torch/", "/graphopt/frontend/", "/sympy/")):
+            other = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+            own = other if code.co_filename in sources else own
         trace = trace.tb_next
-    return found
+    return own or other
 
 
 def _alias_groups(module: torch.nn.Module, on_disk: frozenset[str] | None) -> dict[str, tuple[str, tuple[str, ...]]]:
