@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -48,20 +49,22 @@ def check_target(directory: str | Path, *, source: str | None, overwrite: bool) 
 def replacing(target: Path, needed: int) -> Iterator[Path]:
     """Yield a hidden directory beside `target` to fill; on success it takes the place of `target`.
 
-    On any failure, KeyboardInterrupt included, the new files go and what was at `target` stays. Raises ArtifactError
-    when the disk cannot hold `needed` bytes or nothing can be written there.
+    On any failure, KeyboardInterrupt included, the new files go and what was at `target` stays. Only a kill leaves the
+    directory behind; the next call yields it again with what it holds. Raises ArtifactError when the disk cannot hold
+    `needed` bytes, nothing can be written there, or another process is writing the same artifact.
     """
-    token = secrets.token_hex(4)
-    temporary = target.parent / f".{target.name}.{token}.tmp"
+    temporary = target.parent / f".{target.name}.partial"
+    held: int | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
+        held = _hold(temporary)
+        there = sum(path.stat().st_size for path in temporary.iterdir())
+        free = shutil.disk_usage(target.parent).free + there
         if free < needed:
             raise OSError(errno.ENOSPC, f"{free} bytes are free")
-        temporary.mkdir()
         yield temporary
         _sync(temporary)
-        _swap(temporary, target, target.parent / f".{target.name}.{token}.old")
+        _swap(temporary, target, target.parent / f".{target.name}.{secrets.token_hex(4)}.old")
     except OSError as error:
         if error.errno in _FULL:
             raise ArtifactError.of(
@@ -69,7 +72,27 @@ def replacing(target: Path, needed: int) -> Iterator[Path]:
             ) from error
         raise ArtifactError.of("cannot_write", f"cannot write {target}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(held)
+
+
+def _hold(directory: Path) -> int:
+    """Make a directory and lock it for this process; a lock ends with its process, however that ends."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        held = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(held)
+            raise ArtifactError.of(
+                "being_written", f"another process is writing to {directory}", help=("wait for it, or stop it",)
+            ) from error
+        # The one that held it before may have renamed or removed it meanwhile.
+        if directory.is_dir() and os.path.samestat(os.fstat(held), directory.stat()):
+            return held
+        os.close(held)
 
 
 def _swap(temporary: Path, target: Path, aside: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import graphopt
+from graphopt.artifact.journal import digest
 from graphopt.artifact.native_names import CONSTANTS_FILE, GRAPH_FILE, MODEL_TYPE
 from graphopt.artifact.tensors import Entry, write_file
 from graphopt.diagnostics import ArtifactError
@@ -22,7 +23,7 @@ from graphopt.ir.program import Origin, Program
 from graphopt.ir.run import specialised
 from graphopt.ir.shapes import propagate
 from graphopt.ir.text import parse_program, print_program
-from graphopt.ir.weights import Expr, TensorSource, Weight
+from graphopt.ir.weights import Expr, TensorSource, Weight, sources
 
 # Facts that generate() and the loaders of tokenizers read from a config; the graph itself needs none of them.
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
@@ -48,6 +49,11 @@ class Cast(Expr):
     def dtype(self) -> torch.dtype:
         """Storage dtype of the result."""
         return self.kind
+
+    def rows(self, start: int, stop: int) -> Expr | None:
+        """The same of fewer rows."""
+        part = self.part.rows(start, stop)
+        return None if part is None else Cast(part, self.kind)
 
     def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The value; the store rounds it."""
@@ -89,9 +95,27 @@ def weight_entries(program: Program) -> dict[str, Entry]:
     return {name: _entry(program, name) for name, w in program.weights.weights.items() if w.kind != "constant"}
 
 
+def entry(program: Program, name: str, dtype: torch.dtype) -> Entry:
+    """A weight to write, rounded to `dtype` last."""
+    return replace(_entry(program, name), dtype=dtype)
+
+
 def _entry(program: Program, name: str, *, finite: bool = True) -> Entry:
-    expr = program.weights[name].expr
-    return Entry(expr.shape, expr.dtype, lambda: program.weights.evaluate(name), finite)
+    store = program.weights
+    expr = store[name].expr
+    names = sources(expr)
+    expect = getattr(store.source, "expect", None)
+    shared = getattr(store.source, "shared", frozenset())
+    return Entry(
+        expr.shape,
+        expr.dtype,
+        lambda: store.evaluate(name),
+        finite,
+        # What several weights are made of is read whole, once.
+        None if shared.intersection(names) else lambda size: store.pieces(name, size),
+        lambda: digest(store, expr),
+        (lambda: expect(names[0])) if expect is not None and names else None,
+    )
 
 
 def write_graph(program: Program, directory: Path) -> None:
@@ -168,9 +192,8 @@ def read_program(directory: Path, config: Mapping[str, Any], *, weights: bool = 
         config.get("source_architecture"),
         str(directory),
     )
-    if source is not None:
-        _check_tensors(program, source)
-    return replace(program, origin=origin)
+    program = replace(program, origin=origin)
+    return program if source is None else source.fit(program, "the graph reads")
 
 
 def parse_graph(path: Path, source: TensorSource | None) -> Program:
@@ -182,19 +205,3 @@ def parse_graph(path: Path, source: TensorSource | None) -> Program:
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise ArtifactError.of("unreadable_graph", f"cannot read the graph in {path.parent}: {error}") from error
     return parse_program(text, constants, source, str(path))
-
-
-def _check_tensors(program: Program, source: CheckpointSource) -> None:
-    held = {w.name: w for w in program.weights.weights.values() if w.kind != "constant"}
-    on_disk = set(source.names)
-    missing = sorted(set(held) - on_disk)
-    if missing:
-        raise ArtifactError.of(
-            "missing_tensors", f"{source.directory} lacks {len(missing)} tensors, the first {missing[0]!r}"
-        )
-    for name, weight in held.items():
-        if source.shape(name) != weight.expr.shape:
-            raise ArtifactError.of(
-                "wrong_shape",
-                f"tensor {name!r} is {list(source.shape(name))} on disk, but the graph reads {list(weight.expr.shape)}",
-            )

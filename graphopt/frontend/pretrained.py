@@ -45,6 +45,9 @@ def capture_pretrained(path: str | Path, *, dims: tuple[Dim, ...] = DEFAULT_DIMS
     raw.pop("auto_map", None)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     source = CheckpointSource(directory)
+    if source.scaled:
+        # What is read is the product with the scales, so that neither the graph nor what is saved is quantised.
+        raw.pop("quantization_config", None)
     dtype = config.dtype or torch.float32
     return _capture(config, raw, dtype, source, Origin(directory.name, raw, None, str(directory)), dims)
 
@@ -148,26 +151,7 @@ def _capture(
             origin=origin,
             names_on_disk=on_disk,
         )
-    return program if source is None else _check_names(program, source)
-
-
-def _check_names(program: Program, source: CheckpointSource) -> Program:
-    on_disk = set(source.names)
-    missing = [w.name for w in program.weights.weights.values() if w.kind != "constant" and w.name not in on_disk]
-    if missing:
-        raise ArtifactError.of(
-            "missing_tensors",
-            f"{source.directory} lacks {len(missing)} tensors that the model reads, the first {missing[0]!r}",
-            notes=(f"on disk: {len(on_disk)} tensors, the first {source.names[0]!r}",),
-        )
-    for weight in program.weights.weights.values():
-        if weight.kind != "constant" and source.shape(weight.name) != weight.expr.shape:
-            raise ArtifactError.of(
-                "wrong_shape",
-                f"tensor {weight.name!r} is {list(source.shape(weight.name))} on disk,"
-                f" but config.json makes it {list(weight.expr.shape)}",
-            )
-    return program
+    return program if source is None else source.fit(program, "config.json makes it")
 
 
 def model_inputs(model: Any) -> tuple[Input, ...]:

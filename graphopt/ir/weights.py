@@ -1,7 +1,7 @@
 """Weights as lazy expressions: a pass records what should become of a tensor, and nothing is computed until it is read.
 
-An expression knows its shape and dtype without data. `WeightStore.evaluate` computes one weight at a time, so that a
-model larger than memory converts; the storage dtype rounds exactly once, at the end.
+`WeightStore.evaluate` computes one weight at a time and `WeightStore.pieces` some rows of one, so that a model larger
+than memory converts; the storage dtype rounds exactly once, at the end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,28 @@ from typing import Protocol
 import torch
 
 from graphopt.diagnostics import ArtifactError
+from graphopt.ir.expressions import Affine, BlockMap, Cat, Const, Expr, Index, MatMul, Rows, Source, Sum, Take
 
-Index = tuple[int, ...]
+__all__ = [
+    "Affine",
+    "BlockMap",
+    "Cat",
+    "Const",
+    "Expr",
+    "Index",
+    "MatMul",
+    "MemorySource",
+    "RowSource",
+    "Rows",
+    "Source",
+    "Sum",
+    "Take",
+    "TensorSource",
+    "Weight",
+    "WeightStore",
+    "all_finite",
+    "sources",
+]
 
 
 class TensorSource(Protocol):
@@ -25,260 +45,11 @@ class TensorSource(Protocol):
         """Return the tensor called `name`; raises KeyError when there is none."""
 
 
-@dataclass(frozen=True, eq=False)
-class Expr:
-    """A tensor to be: `shape`, storage `dtype` and a recipe."""
+class RowSource(TensorSource, Protocol):
+    """A source that can read some rows of a tensor without the others."""
 
-    def parts(self) -> tuple[Expr, ...]:
-        """The expressions this one reads."""
-        return ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of the result."""
-        return self.parts()[0].dtype
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Combine evaluated parts, in the floating dtype they come in."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """One line that a reader of the trail understands."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Source(Expr):
-    """An original tensor, by its checkpoint name."""
-
-    name: str
-    sizes: tuple[int, ...]
-    kind: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        return self.sizes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of the result."""
-        return self.kind
-
-    def describe(self) -> str:
-        """The checkpoint name."""
-        return self.name
-
-
-@dataclass(frozen=True, eq=False)
-class Const(Expr):
-    """A tensor computed by a pass (a fold matrix, a mean activation), small enough to hold."""
-
-    value: torch.Tensor
-    kind: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of the result."""
-        return self.kind
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The value itself."""
-        return self.value
-
-    def describe(self) -> str:
-        """Its shape."""
-        return f"const{list(self.shape)}"
-
-
-@dataclass(frozen=True, eq=False)
-class Take(Expr):
-    """Keep `index` along `axis`, in that order."""
-
-    part: Expr
-    axis: int
-    index: Index
-
-    def parts(self) -> tuple[Expr, ...]:
-        """The cut expression."""
-        return (self.part,)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        sizes = list(self.part.shape)
-        sizes[self.axis] = len(self.index)
-        return tuple(sizes)
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Select the kept indices."""
-        return parts[0].index_select(self.axis, torch.tensor(self.index, dtype=torch.long, device=parts[0].device))
-
-    def describe(self) -> str:
-        """What is kept of what."""
-        return f"take({self.part.describe()}, axis {self.axis}, {len(self.index)} of {self.part.shape[self.axis]})"
-
-
-@dataclass(frozen=True, eq=False)
-class Cat(Expr):
-    """Concatenate along `axis`."""
-
-    pieces: tuple[Expr, ...]
-    axis: int
-
-    def parts(self) -> tuple[Expr, ...]:
-        """The pieces."""
-        return self.pieces
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        sizes = list(self.pieces[0].shape)
-        sizes[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
-        return tuple(sizes)
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Concatenate."""
-        return torch.cat(parts, dim=self.axis)
-
-    def describe(self) -> str:
-        """The pieces."""
-        return f"cat({', '.join(piece.describe() for piece in self.pieces)})"
-
-
-@dataclass(frozen=True, eq=False)
-class Affine(Expr):
-    """`scale * x + shift` elementwise."""
-
-    part: Expr
-    scale: float
-    shift: float = 0.0
-
-    def parts(self) -> tuple[Expr, ...]:
-        """The scaled expression."""
-        return (self.part,)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        return self.part.shape
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Scale and shift."""
-        return parts[0] * self.scale + self.shift
-
-    def describe(self) -> str:
-        """The formula."""
-        return f"{self.scale:.6g} * {self.part.describe()}" + (f" + {self.shift:.6g}" if self.shift else "")
-
-
-@dataclass(frozen=True, eq=False)
-class MatMul(Expr):
-    """Matrix product of two expressions; the right one may be a vector."""
-
-    left: Expr
-    right: Expr
-    kind: torch.dtype
-
-    def parts(self) -> tuple[Expr, ...]:
-        """Both factors."""
-        return (self.left, self.right)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        return (*self.left.shape[:-1], *self.right.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of the result."""
-        return self.kind
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Multiply in the wider of the two dtypes."""
-        wide = torch.promote_types(parts[0].dtype, parts[1].dtype)
-        return parts[0].to(wide) @ parts[1].to(wide)
-
-    def describe(self) -> str:
-        """The product."""
-        return f"({self.left.describe()} @ {self.right.describe()})"
-
-
-@dataclass(frozen=True, eq=False)
-class Sum(Expr):
-    """Elementwise sum of expressions of one shape."""
-
-    terms: tuple[Expr, ...]
-
-    def parts(self) -> tuple[Expr, ...]:
-        """The terms."""
-        return self.terms
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        return self.terms[0].shape
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Add up."""
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part.to(total.dtype)
-        return total
-
-    def describe(self) -> str:
-        """The sum."""
-        return " + ".join(term.describe() for term in self.terms)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMap(Expr):
-    """Map groups of slices along `axis` linearly: slice g of the result is sum_i maps[g, i] x[members[g][i]].
-
-    The axis is seen as slices of `size` entries; `maps` `[G, t, out, size]` holds one matrix a member. It expresses
-    every KV regrouping: mean (maps = I / t), first, SVD folds.
-    """
-
-    part: Expr
-    axis: int
-    members: tuple[Index, ...]
-    maps: torch.Tensor
-
-    def parts(self) -> tuple[Expr, ...]:
-        """The mapped expression."""
-        return (self.part,)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the result."""
-        sizes = list(self.part.shape)
-        sizes[self.axis] = len(self.members) * self.maps.shape[2]
-        return tuple(sizes)
-
-    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Gather the members of each group and contract them with their maps."""
-        size = self.maps.shape[3]
-        x = parts[0].movedim(self.axis, 0)
-        slices = x.reshape(x.shape[0] // size, size, -1)
-        picked = slices[torch.tensor(self.members, device=x.device)]  # [G, t, size, rest]
-        maps = self.maps.to(device=x.device, dtype=picked.dtype)
-        mapped = torch.einsum("gtor,gtrx->gox", maps, picked)
-        return mapped.reshape(-1, *x.shape[1:]).movedim(0, self.axis)
-
-    def describe(self) -> str:
-        """How many slices become how many."""
-        old = sum(len(group) for group in self.members)
-        return f"map({self.part.describe()}, axis {self.axis}, {old} slices to {len(self.members)})"
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the tensor called `name`."""
 
 
 @dataclass(frozen=True)
@@ -336,13 +107,50 @@ class WeightStore:
         the storage dtype. With float64 nothing is rounded in between, which is what verification compares.
         """
         weight = self.weights[name]
+        return self._finish(weight, weight.expr, dtype, device)
+
+    def pieces(
+        self, name: str, size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Compute one weight as `evaluate` does, in blocks of rows of about `size` bytes where its expression allows."""
+        weight = self.weights[name]
         expr = weight.expr
-        if isinstance(expr, Source | Const):
-            value = self._read(expr)
+        rows = expr.shape[0] if expr.shape else 1
+        each = _count(expr.shape[1:]) * max(expr.dtype.itemsize, (dtype or expr.dtype).itemsize)
+        step = max(1, size // max(each, 1))
+        if step >= rows or not expr.shape or expr.rows(0, step) is None:
+            yield self._finish(weight, expr, dtype, device)
+            return
+        for start in range(0, rows, step):
+            part = expr.rows(start, min(start + step, rows))
+            assert part is not None
+            yield self._finish(weight, part, dtype, device)
+
+    def rows(
+        self, name: str, index: list[int], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Some rows of one weight, `index` rising, with the bits that `evaluate` gives them; reads little else."""
+        weight = self.weights[name]
+        found = []
+        start = 0
+        for i in range(1, len(index) + 1):
+            if i == len(index) or index[i] != index[i - 1] + 1:
+                part = weight.expr.rows(index[start], index[i - 1] + 1)
+                if part is None:
+                    return self.evaluate(name, dtype, device)[torch.tensor(index)]
+                found.append(self._finish(weight, part, dtype, device))
+                start = i
+        return torch.cat(found)
+
+    def _finish(
+        self, weight: Weight, expr: Expr, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> torch.Tensor:
+        if expr.moves or isinstance(expr, Const):
+            value = self._compute(expr, None)
         else:
-            wide = dtype if dtype == torch.float64 else torch.float32
-            value = self._compute(expr, wide)
+            value = self._compute(expr, dtype if dtype == torch.float64 else torch.float32)
         stored = value.to(expr.dtype) if dtype != torch.float64 or not expr.dtype.is_floating_point else value
+        del value
         if (dtype is not None and stored.dtype.is_floating_point and weight.kind != "constant") or (
             dtype == torch.float64 and stored.dtype.is_floating_point
         ):
@@ -351,25 +159,35 @@ class WeightStore:
         stored = stored.contiguous()
         return stored.to(device) if device is not None else stored
 
-    def _read(self, expr: Source | Const) -> torch.Tensor:
+    def _read(self, expr: Source | Const | Rows) -> torch.Tensor:
         if isinstance(expr, Const):
             return expr.value
+        leaf = expr.part if isinstance(expr, Rows) else expr
         if self.source is None:
-            raise LookupError(f"this program was captured without weights, so {expr.name!r} cannot be read")
-        value = self.source.get(expr.name)
-        if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
+            raise LookupError(f"this program was captured without weights, so {leaf.name!r} cannot be read")
+        if isinstance(expr, Rows):
+            read = getattr(self.source, "rows", None)
+            value: torch.Tensor = (
+                self.source.get(leaf.name)[expr.start : expr.stop]
+                if read is None
+                else read(leaf.name, expr.start, expr.stop)
+            )
+        else:
+            value = self.source.get(leaf.name)
+        if not all_finite(value):
+            whole = self.source.get(leaf.name).float() if isinstance(expr, Rows) else value.float()
+            count = int((~torch.isfinite(whole)).sum())
             raise ArtifactError.of(
                 "not_finite",
-                f"tensor {expr.name!r} holds {count} NaN or infinite values of {value.numel()}",
+                f"tensor {leaf.name!r} holds {count} NaN or infinite values of {whole.numel()}",
                 help=("nothing useful can be made from this checkpoint: copy it again or train it further",),
             )
         return value
 
-    def _compute(self, expr: Expr, wide: torch.dtype) -> torch.Tensor:
-        if isinstance(expr, Source | Const):
+    def _compute(self, expr: Expr, wide: torch.dtype | None) -> torch.Tensor:
+        if isinstance(expr, Source | Const | Rows):
             value = self._read(expr)
-            return value.to(wide) if value.dtype.is_floating_point else value
+            return value.to(wide) if wide is not None and value.dtype.is_floating_point else value
         return expr.compute([self._compute(part, wide) for part in expr.parts()])
 
     def with_expr(self, name: str, change: Callable[[Expr], Expr]) -> WeightStore:
@@ -395,6 +213,24 @@ class MemorySource:
     def get(self, name: str) -> torch.Tensor:
         """Return the tensor called `name`; raises KeyError when there is none."""
         return self.tensors[name]
+
+
+def sources(expr: Expr) -> list[str]:
+    """Names of the original tensors that an expression reads, each as often as it reads it."""
+    if isinstance(expr, Source):
+        return [expr.name]
+    return [name for part in ((expr.part,) if isinstance(expr, Rows) else expr.parts()) for name in sources(part)]
+
+
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, in one pass and without a copy."""
+    if not value.dtype.is_floating_point or value.numel() == 0:
+        return not value.dtype.is_complex or bool(torch.isfinite(value).all())
+    if value.dtype.itemsize == 1:
+        return all(bool(torch.isfinite(part.float()).all()) for part in value.reshape(-1).split(1 << 22))
+    # The extremes of a tensor with a NaN are NaN.
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _count(sizes: tuple[int, ...]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,14 +53,33 @@ def _misfit(tap: Tap, value: torch.Tensor, wanted: str) -> PlanError:
 
 
 class Accumulator:
-    """Takes values batch by batch and returns one statistic."""
+    """Takes values batch by batch and returns one statistic.
+
+    What a batch adds is a state of its own, so that batches may be seen by different processes. Where states are small
+    (`replayed`) they are merged batch by batch in order and the bits do not depend on who saw what; else each process
+    adds up its own first, and sums differ in their rounding.
+    """
+
+    replayed: ClassVar[bool] = True
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
 
-    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
-        """Take one batch's value of the tapped node (and of the node it is compared with)."""
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """The state of one batch: of the tapped node's value (and of the node that it is compared with)."""
         raise NotImplementedError
+
+    def merge(self, state: Any) -> None:
+        """Take a state in."""
+        raise NotImplementedError
+
+    def state(self) -> Any:
+        """What was taken in so far; only of accumulators that are not replayed."""
+        raise NotImplementedError
+
+    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
+        """Take one batch in."""
+        self.merge(self.partial(tokens, value, other))
 
     def result(self) -> Statistic:
         """The statistic of all batches."""
@@ -78,25 +98,35 @@ class MomentsAccumulator(Accumulator):
         self.square = torch.zeros((), dtype=torch.float64)
         self.samples = torch.zeros((), dtype=torch.float64)
 
-    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
-        """Merge one batch."""
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Count, mean, scatter around it and sums of one batch."""
         rows, sample = tokens.features(value, self.tap)
         x = rows.to(torch.float64)
         n = x.shape[0]
         if n == 0:
-            return
+            return None
         mean = x.mean(0)
-        scatter = (x - mean).square().sum(0)
+        scatter = (x - mean).square_().sum(0)
+        square = x.square().sum(0)
+        # `x` may be the tapped value itself, so that it is not changed in place.
+        x = x.abs()
+        sums, counts = _by_sample(x, sample, tokens.mask.shape[0])
+        samples = (sums / counts.clamp_min(1)[:, None]).square().sum(0)
+        return n, mean, scatter, x.sum(0), square, samples
+
+    def merge(self, state: Any) -> None:
+        """Merge one batch."""
+        if state is None:
+            return
+        n, mean, scatter, absolute, square, samples = state
         total = self.count + n
         gap = mean - self.mean
         self.scatter = self.scatter + scatter + gap.square() * (self.count * n / total)
         self.mean = self.mean + gap * (n / total)
         self.count = total
-        magnitude = x.abs()
-        self.absolute = self.absolute + magnitude.sum(0)
-        self.square = self.square + x.square().sum(0)
-        sums, counts = _by_sample(magnitude, sample, tokens.mask.shape[0])
-        self.samples = self.samples + (sums / counts.clamp_min(1)[:, None]).square().sum(0)
+        self.absolute = self.absolute + absolute
+        self.square = self.square + square
+        self.samples = self.samples + samples
 
     def result(self) -> Moments:
         """The moments; the variance is that of the population."""
@@ -107,18 +137,29 @@ class MomentsAccumulator(Accumulator):
 class GramAccumulator(Accumulator):
     """Sum of x x^T."""
 
+    replayed = False
+
     def __init__(self, tap: Tap) -> None:
         super().__init__(tap)
         self.count = 0
         self.total = torch.zeros((), dtype=torch.float64)
         self.gram = torch.zeros((), dtype=torch.float64)
 
-    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
-        """Merge one batch."""
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Count, sum and products of one batch."""
         x = tokens.features(value, self.tap)[0].to(torch.float64)
-        self.count += x.shape[0]
-        self.total = self.total + x.sum(0)
-        self.gram = self.gram + x.T @ x
+        return x.shape[0], x.sum(0), x.T @ x
+
+    def merge(self, state: Any) -> None:
+        """Add up."""
+        count, total, gram = state
+        self.count += count
+        self.total = self.total + total
+        self.gram = self.gram + gram
+
+    def state(self) -> Any:
+        """The sums so far."""
+        return self.count, self.total, self.gram
 
     def result(self) -> Gram:
         """The Gram matrix and the mean."""
@@ -133,14 +174,18 @@ class CosineAccumulator(Accumulator):
         self.count = 0
         self.total = torch.zeros((), dtype=torch.float64)
 
-    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
-        """Merge one batch."""
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Count and sum of one batch."""
         if other is None or other.shape != value.shape:
             raise PlanError.of("tap_shape", f"%{self.tap.node} and %{self.tap.other} have different shapes")
         x = tokens.features(value, self.tap)[0].to(torch.float64)
         y = tokens.features(other, self.tap)[0].to(torch.float64)
-        self.count += x.shape[0]
-        self.total = self.total + torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-30).sum()
+        return x.shape[0], torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-30).sum()
+
+    def merge(self, state: Any) -> None:
+        """Add up."""
+        self.count += state[0]
+        self.total = self.total + state[1]
 
     def result(self) -> Cosine:
         """The mean cosine."""
@@ -155,13 +200,17 @@ class TaylorAccumulator(Accumulator):
         self.count = 0
         self.terms: list[torch.Tensor] = []
 
-    def add(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> None:
-        """Append one batch's samples."""
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Terms of one batch's samples."""
         if other is None:
             raise PlanError.of("tap_without_gradient", f"the loss does not depend on %{self.tap.node}")
         rows, sample = tokens.features(value.to(torch.float64) * other.to(torch.float64), self.tap)
-        self.count += rows.shape[0]
-        self.terms.append(_by_sample(rows, sample, tokens.mask.shape[0])[0])
+        return rows.shape[0], _by_sample(rows, sample, tokens.mask.shape[0])[0]
+
+    def merge(self, state: Any) -> None:
+        """Append one batch's samples."""
+        self.count += state[0]
+        self.terms.append(state[1])
 
     def result(self) -> Taylor:
         """All samples in the order they came."""

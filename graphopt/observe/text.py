@@ -9,6 +9,9 @@ import torch
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
+from graphopt.ir.run import bind_inputs, specialised
+from graphopt.observe.distributed import gathered, mine, world
+from graphopt.observe.stream import Limits, Visit, cut, stream
 
 Batch = dict[str, torch.Tensor]
 Run = Callable[..., tuple[torch.Tensor, ...]]
@@ -101,26 +104,56 @@ def next_token_loss(
     return torch.stack(losses), torch.stack(counts).to(torch.float64)
 
 
-def perplexity(program: Program | Run, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+def perplexity(
+    program: Program | Run, batches: Iterable[Mapping[str, Any]], limits: Limits | None = None
+) -> tuple[float, int]:
     """Mean next-token loss in nats and the number of predicted tokens; the perplexity is exp of the first.
 
     `program` is a Program (run in float32) or a callable such as `Program.module()` gives, whose first result is logits
-    `[B, S, V]`. Losses are summed in float64. Raises PlanError when no token is predicted or the loss is not finite.
+    `[B, S, V]`. With `limits` a Program runs as a stream, block by block, and the loss keeps its bits. Losses are summed
+    in float64. Under torch.distributed each process runs its share of the batches and all get the same bits as one
+    alone. Raises PlanError when no token is predicted or the loss is not finite.
     """
-    run = program.module() if isinstance(program, Program) else program
-    owner = program if isinstance(program, Program) else getattr(run, "program", None)
+    owner = program if isinstance(program, Program) else getattr(program, "program", None)
     name = token_input(owner) if isinstance(owner, Program) else "input_ids"
     padding = "attention_mask"
     if isinstance(owner, Program):
         padding = next((spec.name for spec in owner.entry.inputs if spec.role == "padding"), padding)
-    total, count = 0.0, 0
+    every = list(batches) if world() > 1 or limits is not None else None
+    share: Iterable[Mapping[str, Any]] = batches if every is None else [every[i] for i in mine(len(every))]
+    found: list[tuple[float, int]] = []
+
+    def add(batch: Mapping[str, Any], logits: torch.Tensor) -> None:
+        losses, counts = next_token_loss(logits, batch[name], batch.get(padding))
+        found.append((float(losses.sum()), int(counts.sum())))
+
     with torch.no_grad():
-        for batch in batches:
-            losses, counts = next_token_loss(run(**batch)[0], batch[name], batch.get(padding))
-            total += float(losses.sum())
-            count += int(counts.sum())
+        if isinstance(program, Program) and limits is not None:
+            _stream_logits(program, list(share), limits, add)
+        else:
+            run = program.module() if isinstance(program, Program) else program
+            for batch in share:
+                add(batch, run(**batch)[0])
+    total, count = 0.0, 0
+    for part in gathered(found):
+        for loss, number in part:
+            total, count = total + loss, count + number
     if count == 0:
         raise PlanError.of("text_too_short", "the evaluation text holds no token to predict")
     if not torch.isfinite(torch.tensor(total)):
         raise PlanError.of("not_finite", "the loss on the evaluation text is not finite")
     return total / count, count
+
+
+def _stream_logits(
+    program: Program,
+    batches: list[Mapping[str, Any]],
+    limits: Limits,
+    act: Callable[[Mapping[str, Any], torch.Tensor], None],
+) -> None:
+    graph = specialised(program, torch.float32, "cpu")
+    names = [node.name for node in program.graph.graph.nodes if "input" in node.meta]
+    inputs = [dict(zip(names, bind_inputs(program, dict(batch), "cpu"), strict=True)) for batch in batches]
+    visit = Visit((program.output_nodes[0].name,), lambda i, values: act(batches[i], values[0]))
+    segments = cut(program, graph, [visit], dtype=torch.float32, limits=limits)
+    stream(program, segments, inputs, dtype=torch.float32, limits=limits)

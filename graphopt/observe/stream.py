@@ -1,0 +1,255 @@
+"""Running batches through a program as a stream: weights come and go by segments, all batches pass each segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.program import Program
+from graphopt.observe.spill import Spill
+from graphopt.views import Views
+
+aten = torch.ops.aten
+PIECE = 64 << 20
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stream may hold: bytes of weights in one segment, bytes of activations between segments.
+
+    What does not fit is cut into smaller segments and written to a file in `directory`. `split` lets products be
+    computed by blocks of rows of their weight, which changes the last bits of a result.
+    """
+
+    weights: int | None = None
+    activations: int | None = None
+    directory: Path | None = None
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Nodes to look at: `act(batch, values)` is called for each batch, and `done()` after the last."""
+
+    nodes: tuple[str, ...]
+    act: Callable[[int, tuple[Any, ...]], None]
+    done: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes between two points of the stream, the weights they read, what dies and who visits after each node.
+
+    `rows` is set where the only node reads its weight by rows.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    dead: Mapping[fx.Node, tuple[fx.Node, ...]]
+    visits: Mapping[fx.Node, tuple[Visit, ...]]
+    rows: bool = False
+
+
+def stream(
+    program: Program,
+    segments: Sequence[Segment],
+    batches: Sequence[Inputs],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    limits: Limits = Limits(),
+    step: Callable[[], None] = lambda: None,
+) -> Spill:
+    """Run batches (values by placeholder name) through segments; `step` is called after each batch of each segment."""
+    spill = Spill(limits.activations, limits.directory, len(batches))
+    alive: list[Any] = [{} for _ in batches]
+    by_name = {node.name: node for segment in segments for node in segment.nodes}
+
+    def after(segment: Segment, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> None:
+        for visit in segment.visits.get(node, ()):
+            visit.act(batch, tuple(values[by_name[name]] for name in visit.nodes))
+        for gone in segment.dead.get(node, ()):
+            del values[gone]
+
+    for segment in segments:
+        if segment.rows and batches:
+            node = segment.nodes[0]
+            current = [spill.get(kept) for kept in alive]
+            for values, result in zip(current, _by_rows(program, node, current, dtype, device), strict=True):
+                values[node] = result
+            for batch, values in enumerate(current):
+                after(segment, node, batch, values)
+                alive[batch] = spill.put(batch, values)
+                step()
+        else:
+            read = segment.weights if batches else ()
+            weights = {each: program.weights.evaluate(each.meta["weight"], dtype, device) for each in read}
+            for batch, inputs in enumerate(batches):
+                values = spill.get(alive[batch])
+                alive[batch] = None
+                both = Layered(weights, values)
+                for node in segment.nodes:
+                    values[node] = inputs[node.name] if node.op == "placeholder" else compute(node, both)
+                    after(segment, node, batch, values)
+                alive[batch] = spill.put(batch, values)
+                step()
+            del weights
+        for visits in segment.visits.values():
+            for visit in visits:
+                visit.done()
+    return spill
+
+
+class Layered(dict[fx.Node, Any]):
+    """Values over weights, without copying either."""
+
+    def __init__(self, weights: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any]) -> None:
+        super().__init__()
+        self._weights, self._values = weights, values
+
+    def __missing__(self, node: fx.Node) -> Any:
+        return self._weights[node] if "weight" in node.meta else self._values[node]
+
+
+def compute(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """One node's value."""
+    args = fx.node.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def cut(
+    program: Program,
+    graph: fx.GraphModule,
+    visits: Sequence[Visit],
+    *,
+    dtype: torch.dtype | None,
+    views: Views | None = None,
+    limits: Limits = Limits(),
+) -> list[Segment]:
+    """Segments that reach all visits: they end at block exits, and earlier where their weights exceed the limit."""
+    order = list(graph.graph.nodes)
+    index = {node.name: i for i, node in enumerate(order)}
+    ends = [max(index[name] for name in visit.nodes) for visit in visits]
+    needed = ancestors([order[index[name]] for visit in visits for name in visit.nodes])
+    exits = {index[block.exit.name] for block in (views or Views(program)).blocks}
+    last_use: dict[fx.Node, int] = {}
+    for i, node in enumerate(order):
+        if node in needed:
+            for source in node.all_input_nodes:
+                last_use[source] = i
+    for visit, end in zip(visits, ends, strict=True):
+        for name in visit.nodes:
+            last_use[order[index[name]]] = max(end, last_use.get(order[index[name]], -1))
+    dying: dict[int, list[fx.Node]] = {}
+    for source, use in last_use.items():
+        if "weight" not in source.meta:
+            dying.setdefault(use, []).append(source)
+    ready: dict[int, list[Visit]] = {}
+    for visit, end in zip(visits, ends, strict=True):
+        ready.setdefault(end, []).append(visit)
+
+    def made(inside: list[fx.Node], rows: bool = False) -> Segment:
+        return Segment(
+            tuple(inside),
+            tuple(dict.fromkeys(s for node in inside for s in node.all_input_nodes if "weight" in s.meta)),
+            {node: tuple(dying[index[node.name]]) for node in inside if index[node.name] in dying},
+            {node: tuple(ready[index[node.name]]) for node in inside if index[node.name] in ready},
+            rows,
+        )
+
+    found: list[Segment] = []
+    inside: list[fx.Node] = []
+    read: dict[fx.Node, int] = {}
+
+    def close() -> None:
+        if inside:
+            found.append(made(inside))
+        inside.clear()
+        read.clear()
+
+    for i, node in enumerate(order[: max(ends) + 1]):
+        if node in needed and "weight" not in node.meta:
+            if _by_rows_possible(program, node, dtype, limits):
+                close()
+                found.append(made([node], rows=True))
+                continue
+            more = {s: _bytes(program, s, dtype) for s in node.all_input_nodes if "weight" in s.meta}
+            if limits.weights is not None and inside and sum({**read, **more}.values()) > limits.weights:
+                close()
+            inside.append(node)
+            read.update(more)
+        if i in exits:
+            close()
+    close()
+    return found
+
+
+def ancestors(start: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes that some nodes depend on, themselves included."""
+    seen = set(start)
+    stack = list(seen)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
+def _bytes(program: Program, weight: fx.Node, dtype: torch.dtype | None) -> int:
+    expr = program.weights[weight.meta["weight"]].expr
+    size = (dtype or expr.dtype) if expr.dtype.is_floating_point else expr.dtype
+    return torch.Size(expr.shape).numel() * int(size.itemsize)
+
+
+def _by_rows_possible(program: Program, node: fx.Node, dtype: torch.dtype | None, limits: Limits) -> bool:
+    """Whether a node reads one large weight that can be read by rows: a lookup always, a product where `split` allows."""
+    if node.target is aten.embedding.default:
+        weight = node.args[0]
+    elif node.target is aten.linear.default and limits.split:
+        weight = node.args[1]
+    else:
+        return False
+    if not isinstance(weight, fx.Node) or "weight" not in weight.meta or _bytes(program, weight, dtype) <= PIECE:
+        return False
+    others = [source for source in node.all_input_nodes if source is not weight]
+    bias = node.args[2] if node.target is aten.linear.default and len(node.args) > 2 else None
+    plain = all("weight" not in source.meta for source in others if source is not bias)
+    return plain and program.weights[weight.meta["weight"]].expr.rows(0, 1) is not None
+
+
+def _by_rows(
+    program: Program,
+    node: fx.Node,
+    alive: Sequence[Mapping[fx.Node, Any]],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Iterator[torch.Tensor]:
+    store = program.weights
+    if node.target is aten.embedding.default:
+        name = node.args[0].meta["weight"]  # type: ignore[union-attr]
+        for values in alive:
+            ids = values[node.args[1]]  # type: ignore[index]
+            unique, place = torch.unique(ids, return_inverse=True)
+            rows = store.rows(name, unique.tolist(), dtype, device)
+            yield rows[place]
+        return
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else None
+    added = None if bias is None else store.evaluate(bias.meta["weight"], dtype, device)  # type: ignore[union-attr]
+    results: list[list[torch.Tensor]] = [[] for _ in alive]
+    done = 0
+    for piece in store.pieces(weight.meta["weight"], PIECE, dtype, device):  # type: ignore[union-attr]
+        here = None if added is None else added[done : done + len(piece)]
+        done += len(piece)
+        for values, result in zip(alive, results, strict=True):
+            result.append(torch.nn.functional.linear(values[x], piece, here))  # type: ignore[index]
+    for result in results:
+        yield torch.cat(result, dim=-1)
