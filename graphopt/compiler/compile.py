@@ -272,7 +272,8 @@ def _measure(program: Program, resolved: Resolved, progress: Progress) -> dict[s
 
 
 def _figures(program: Program, quality: dict[str, Any]) -> dict[str, Any]:
-    return {**cost(program).at(**REPORT_AT), "at": dict(REPORT_AT), **quality}
+    at = {**REPORT_AT, **{dim.name: REPORT_AT["S"] for dim in program.dims if dim.name not in REPORT_AT}}
+    return {**cost(program).at(**at), "at": at, **quality}
 
 
 def _check(

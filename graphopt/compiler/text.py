@@ -13,6 +13,7 @@ import torch
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.observe.text import perplexity, token_batches
+from graphopt.views.trace import derives_from
 
 
 def load_text(path: str | Path, tokenizer_dir: str | Path | None) -> torch.Tensor:
@@ -91,8 +92,9 @@ def evaluate(
 
 
 def _vocabulary(program: Program) -> int | None:
+    tokens = {spec.name for spec in program.entry.inputs if spec.role == "tokens"}
     for node in program.graph.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default:
+        if node.target is torch.ops.aten.embedding.default and derives_from(node.args[1], tokens):
             rows: Any = node.args[0].meta["val"].shape[0]
             return int(rows)
     return None

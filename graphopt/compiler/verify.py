@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
+from graphopt.compiler.verify_sampled import SHAPES as SAMPLED_SHAPES
+from graphopt.compiler.verify_sampled import sampled
 from graphopt.diagnostics import Diagnostic, Place, VerifyError
 from graphopt.ir.program import Program
+from graphopt.observe.stream import Limits
 from graphopt.passkit.edits import Plan, emulate_edits
 from graphopt.passkit.facts import Effect
 from graphopt.views import Views
+from graphopt.views.trace import derives_from
 
 SHAPES = ({"B": 1, "S": 1}, {"B": 2, "S": 7}, {"B": 3, "S": 33})
 
@@ -25,16 +29,20 @@ def tolerance(dtype: torch.dtype, terms: int) -> float:
 
 
 def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Inputs at given sizes: tokens below the embedding's rows, padding with one padded row, positions from it."""
+    """Inputs at given sizes: tokens below the embedding's rows, padding with one padded row, positions from it.
+
+    A program with a cache gets filled ones of unequal lengths and a random tree of new tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = 2
-    for node in program.graph.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default:
-            vocabulary = int(node.args[0].meta["val"].shape[0])
-            break
+    sizes = {**capacity_of(program, sizes), **sizes}
+    vocabulary = vocabulary_of(program)
     made: dict[str, torch.Tensor] = {}
+    shapes = {
+        spec.name: [sizes.get(size, 2) if isinstance(size, str) else size for size in spec.shape]
+        for spec in program.entry.inputs
+    }
     for spec in program.entry.inputs:
-        shape = [sizes.get(size, 2) if isinstance(size, str) else size for size in spec.shape]
+        shape = shapes[spec.name]
         if spec.role == "tokens":
             made[spec.name] = torch.randint(0, vocabulary, shape, generator=generator)
         elif spec.role == "padding":
@@ -42,40 +50,98 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
             if shape[0] > 1 and shape[1] > 2:
                 mask[-1, : shape[1] // 3] = 0
             made[spec.name] = mask
+        elif spec.role == "lengths":
+            made[spec.name] = torch.randint(0, sizes["C"] - sizes["S"] + 1, shape, generator=generator)
+        elif spec.role == "ancestors":
+            made[spec.name] = _random_tree(shape, generator)
         elif spec.role != "positions":
             made[spec.name] = (
                 torch.randn(shape, generator=generator, dtype=torch.float64)
                 if spec.dtype.is_floating_point
                 else torch.zeros(shape, dtype=spec.dtype)
             )
-    mask_name = next((spec.name for spec in program.entry.inputs if spec.role == "padding"), None)
-    for spec in program.entry.inputs:
-        if spec.role == "positions":
-            shape = [sizes.get(size, 2) if isinstance(size, str) else size for size in spec.shape]
-            base = made[mask_name] if mask_name else torch.ones(shape, dtype=torch.int64)
-            made[spec.name] = (base.cumsum(-1) - 1).clamp(min=0)
+    roles = {spec.role: spec.name for spec in program.entry.inputs}
+    if "positions" in roles:
+        if "ancestors" in roles:
+            depth = made[roles["ancestors"]].sum(-1) - 1
+            made[roles["positions"]] = made[roles["lengths"]][:, None] + depth
+        else:
+            base = made[roles["padding"]] if "padding" in roles else torch.ones(shapes[roles["positions"]])
+            made[roles["positions"]] = (base.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+    return made
+
+
+def capacity_of(program: Program, sizes: dict[str, int]) -> dict[str, int]:
+    """A capacity for the caches of a program, when it has any: room for the tokens and a few committed entries."""
+    return {"C": sizes["S"] + 5} if any(spec.role == "cache" for spec in program.entry.inputs) else {}
+
+
+def vocabulary_of(program: Program) -> int:
+    """Rows of the first embedding that tokens look up; 2 when there is none."""
+    tokens = {spec.name for spec in program.entry.inputs if spec.role == "tokens"}
+    for node in program.graph.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and derives_from(node.args[1], tokens):
+            return int(node.args[0].meta["val"].shape[0])
+    return 2
+
+
+def _random_tree(shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Which tokens are ancestors of which (themselves included) in random trees, bool `[B, S, S]`."""
+    batch, count = shape[:2]
+    made = torch.eye(count, dtype=torch.bool).repeat(batch, 1, 1)
+    for row in range(batch):
+        for node in range(1, count):
+            parent = int(torch.randint(0, node, (), generator=generator))
+            made[row, node] |= made[row, parent]
     return made
 
 
 def verify(
-    before: Program, after: Program, plan: Plan, effect: Effect, level: str, where: Place | None, step: str
+    before: Program,
+    after: Program,
+    plan: Plan,
+    effect: Effect,
+    level: str,
+    where: Place | None,
+    step: str,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """The certificate of a step; raises VerifyError, with the step's place, when the promise does not hold.
 
-    `full` compares results in float64 at three shapes that were not captured; `shapes` relies on shape propagation and
-    graph checks, which every rewrite runs anyway; `off` says so.
+    `full` compares results in float64 at three shapes that were not captured; with `limits`, which are given where two
+    copies of the model in float64 do not fit, some blocks of it (`verify_sampled`). `shapes` relies on shape propagation
+    and graph checks, which every rewrite runs anyway; `off` says so.
     """
     if level == "off":
         return {"level": "off"}
     if level == "shapes" or before.weights.source is None:
         return {"level": "shapes", "checked": "shapes propagated, graph linted"}
+    if effect == Effect.LOSSLESS_DECODE:
+        from graphopt.compiler.verify_decode import verify_decode
+
+        return verify_decode(before, after, where, step)
     views = Views(before)
     reference = before if effect == Effect.EXACT else emulate_edits(before, views, plan.edits)
     compared = "original" if effect == Effect.EXACT else "emulation"
-    ours, theirs = after.module(torch.float64), reference.module(torch.float64)
     terms = max(max(weight.expr.shape, default=1) for weight in before.weights.weights.values())
     depth = max(1, len(views.blocks))
     allowed = tolerance(torch.float64, terms * depth)
+    if limits is not None:
+        tried = [random_inputs(before, sizes, seed) for seed, sizes in enumerate(SAMPLED_SHAPES)]
+
+        def compare(i: int, name: str, got: torch.Tensor, expected: torch.Tensor) -> float:
+            return _compare(name, got, expected, tried[i], before, allowed, SAMPLED_SHAPES[i], where, step, compared)
+
+        return {
+            "level": "sampled",
+            "effect": str(effect),
+            "reference": compared,
+            "dtype": "float64",
+            "shapes": [dict(sizes) for sizes in SAMPLED_SHAPES],
+            "tolerance": allowed,
+            **sampled(before, after, reference, tried, limits, compare),
+        }
+    ours, theirs = after.module(torch.float64), reference.module(torch.float64)
     errors = []
     for seed, sizes in enumerate(SHAPES):
         inputs = random_inputs(before, sizes, seed)

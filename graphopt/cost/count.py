@@ -18,6 +18,7 @@ from graphopt.ir.program import Program
 from graphopt.views import Views
 
 ZERO = sympy.Integer(0)
+CORES = (torch.ops.graphopt.attention.default, torch.ops.graphopt.cached_attention.default)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def cost(program: Program) -> Cost:
             uncounted[str(node.target)] += 1
         else:
             terms.append(flops)
-    cores = [node for node in nodes if node.target is torch.ops.graphopt.attention.default]
+    cores = [node for node in nodes if node.target in CORES]
     caches = [_cache(node) for node in cores]
     notes = tuple(
         f"the KV cache of %{node.name} is not counted: its mask is computed by the graph"
@@ -161,6 +162,11 @@ def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
 
 def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
     """KV bytes of an attention in its shapes' symbols and bytes a token; zero for one that needs no cache."""
+    if core.target is torch.ops.graphopt.cached_attention.default:
+        keys, values = (core.args[i].meta["val"] for i in (3, 4))  # type: ignore[union-attr]
+        batch, kv_heads, capacity, head = sizes_of(keys)
+        token = kv_heads * (head * keys.dtype.itemsize + sizes_of(values)[3] * values.dtype.itemsize)
+        return batch * capacity * token, int(token)
     q, k, v = (core.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
     mask, causal, window = core.args[3], core.args[6], core.args[7]
     if not causal:
@@ -184,7 +190,7 @@ def _breakdown(program: Program, views: Views) -> Breakdown:
         names = {w for node in inside for w in _weights(node) if w not in taken}
         taken.update(names)
         weights = [program.weights[name] for name in names]
-        caches = [_cache(node) or (ZERO, 0) for node in inside if node.target is torch.ops.graphopt.attention.default]
+        caches = [_cache(node) or (ZERO, 0) for node in inside if node.target in CORES]
         return Part(
             path,
             kind,

@@ -72,6 +72,12 @@ def _attention(node: fx.Node) -> Any:
     return 2 * b * h * s * t * (d + e)
 
 
+def _cached_attention(node: fx.Node) -> Any:
+    """New queries against all slots of a cache, as if it were full."""
+    (b, h, s, d), (*_, c, e) = _shape(node.args[0]), _shape(node.args[4])
+    return 2 * b * h * s * c * (d + e)
+
+
 def _convolution(node: fx.Node) -> Any:
     weight = _shape(node.args[1])
     transposed = len(node.args) > 6 and bool(node.args[6]) and node.target is aten.convolution.default
@@ -118,6 +124,7 @@ _PRODUCTS: dict[Any, Callable[[fx.Node], Any]] = {
     aten._grouped_mm: _grouped,
     aten.scaled_dot_product_attention: _attention,
     torch.ops.graphopt.attention: _attention,
+    torch.ops.graphopt.cached_attention: _cached_attention,
 }
 
 _FREE = {

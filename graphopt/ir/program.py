@@ -14,7 +14,7 @@ from graphopt.ir.weights import WeightStore
 
 @dataclass(frozen=True)
 class Dim:
-    """A named dynamic dimension with its inclusive range and the size that shapes are propagated with."""
+    """A named dynamic dimension with its inclusive range and the size (2 or more) that shapes are propagated with."""
 
     name: str
     low: int
@@ -26,7 +26,8 @@ class Dim:
 class Input:
     """One argument of the program: `shape` mixes dimension names and fixed sizes; `role` says what it means.
 
-    Roles: `tokens`, `padding` (1 at real tokens), `positions`, `values` (anything else).
+    Roles: `tokens`, `padding` (1 at real tokens), `positions`, `values` (anything else); in a program with a cache also
+    `lengths` (entries that each row's cache holds), `ancestors` (which new tokens see which) and `cache`.
     """
 
     name: str

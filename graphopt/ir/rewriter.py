@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.diagnostics import PlanError
-from graphopt.ir.program import Program
+from graphopt.ir.program import Dim, Input, Program
 from graphopt.ir.purity import eliminate_dead_code
 from graphopt.ir.shapes import propagate
 from graphopt.ir.weights import Expr, Weight
@@ -37,6 +37,10 @@ class Rewriter:
             self._forward[node] = copy
             self._names[node.name] = copy
         self.by = ""
+        self.shared: dict[str, Any] = {}
+        """what the edits of one rewrite share, by name"""
+        self._inputs = {spec.name: spec for spec in program.entry.inputs}
+        self._dims = list(program.dims)
 
     def node(self, key: fx.Node | str) -> fx.Node:
         """Today's node for a node (or its name) of the original program."""
@@ -93,6 +97,29 @@ class Rewriter:
         made.meta = {"weight": name}
         return made
 
+    def add_dim(self, dim: Dim) -> None:
+        """Add a dynamic dimension that inputs may have."""
+        self._dims.append(dim)
+
+    def add_input(self, spec: Input) -> fx.Node:
+        """Add an input, last of all, and return its placeholder."""
+        if spec.name in self._inputs:
+            raise PlanError.of("input_exists", f"the program already has an input {spec.name!r}")
+        self._inputs[spec.name] = spec
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            made = self.graph.placeholder(spec.name)
+        made.meta = {"input": spec.name}
+        return made
+
+    def drop_input(self, name: str) -> None:
+        """Let an input go on exit; nothing may read it by then."""
+        del self._inputs[name]
+
+    def input_node(self, name: str) -> fx.Node:
+        """Today's placeholder of an input."""
+        return next(node for node in self.graph.nodes if node.meta.get("input") == name)
+
     def weight_node(self, name: str) -> fx.Node:
         """Today's placeholder of a weight."""
         return next(node for node in self.graph.nodes if node.meta.get("weight") == name)
@@ -100,10 +127,21 @@ class Rewriter:
     def finish(self, inputs: tuple[Any, ...] | None = None) -> Program:
         """Close the rewrite: dead code out, unread weights out, shapes propagated, the graph checked."""
         eliminate_dead_code(self.graph)
+        self._erase_dropped_inputs()
         self.graph.lint()
         module = fx.GraphModule(self.program.graph, self.graph)
         live = {node.meta["weight"] for node in self.graph.nodes if "weight" in node.meta}
         weights = self.weights.only(live)
-        entry = self.program.entry if inputs is None else replace(self.program.entry, inputs=inputs)
-        propagate(module, weights, self.program.dims, entry)
-        return replace(self.program, graph=module, weights=weights, entry=entry)
+        if inputs is None:
+            inputs = tuple(self._inputs[node.meta["input"]] for node in self.graph.nodes if "input" in node.meta)
+        entry, dims = replace(self.program.entry, inputs=inputs), tuple(self._dims)
+        propagate(module, weights, dims, entry)
+        return replace(self.program, graph=module, weights=weights, entry=entry, dims=dims)
+
+    def _erase_dropped_inputs(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and "input" in node.meta and node.meta["input"] not in self._inputs:
+                if node.users:
+                    readers = ", ".join(f"%{user.name}" for user in node.users)
+                    raise PlanError.of("input_read", f"{readers} still read the input {node.meta['input']!r}")
+                self.graph.erase_node(node)

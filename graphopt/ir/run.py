@@ -8,32 +8,61 @@ import torch
 from torch import fx
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
-from graphopt.ir.program import Program, specialise
+from graphopt.ir.program import Input, Program, specialise
 
 
-def bind_inputs(program: Program, given: dict[str, Any], device: torch.device | str) -> list[torch.Tensor]:
-    """Order inputs as the graph takes them; fills padding with ones and positions with 0..S-1 when they are left out.
+def bind_inputs(
+    program: Program, given: dict[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Order inputs as the graph takes them, filling those that have a plain meaning when they are left out.
 
-    Raises TypeError when a required input is missing or unknown.
+    Padding becomes ones and positions 0..S-1. A program with a cache runs as a stateless one: empty caches of S slots,
+    lengths 0, tokens that see those before them. Caches of another floating dtype than `dtype` are copied, so that what
+    the run writes stays in the copy. Raises TypeError when a required input is missing or unknown.
     """
     names = [spec.name for spec in program.entry.inputs]
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise TypeError(f"unknown inputs {unknown}; this program takes {names}")
-    tokens = next((spec.name for spec in program.entry.inputs if spec.role == "tokens"), None)
+    held = {spec.role: given.get(spec.name) for spec in program.entry.inputs}
+    target = dtype or program.dtype
     bound = []
     for spec in program.entry.inputs:
         value = given.get(spec.name)
-        if value is None and tokens is not None and given.get(tokens) is not None:
-            ids = given[tokens]
-            if spec.role == "padding":
-                value = torch.ones_like(ids)
-            elif spec.role == "positions":
-                value = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+        if value is None and held.get("tokens") is not None:
+            value = _usual(spec, held["tokens"], held.get("lengths"), program.dtype, target, device)
         if value is None:
             raise TypeError(f"input {spec.name!r} {list(spec.shape)} is missing; this program takes {names}")
+        if spec.role == "cache":
+            value = value.to(specialise(spec.dtype, model=program.dtype, target=target, device=device))
         bound.append(value.to(device))
     return bound
+
+
+def _usual(
+    spec: Input,
+    ids: torch.Tensor,
+    lengths: torch.Tensor | None,
+    model: torch.dtype,
+    target: torch.dtype,
+    device: torch.device | str,
+) -> torch.Tensor | None:
+    """The value of an input that was left out, for tokens `[B, S]`; None when it has no usual one."""
+    batch, count = ids.shape[:2]
+    if spec.role == "padding":
+        return torch.ones_like(ids)
+    if spec.role == "positions":
+        steps = torch.arange(count, device=ids.device).expand(batch, -1)
+        return steps if lengths is None else lengths.to(ids.device)[:, None] + steps
+    if spec.role == "lengths":
+        return torch.zeros(batch, dtype=torch.int64)
+    if spec.role == "ancestors":
+        return torch.ones(1, count, count, dtype=torch.bool).tril()
+    if spec.role == "cache" and lengths is None:
+        fixed = [size for size in spec.shape if isinstance(size, int)]
+        dtype = specialise(spec.dtype, model=model, target=target, device=device)
+        return torch.zeros(batch, fixed[0], count, fixed[1], dtype=dtype, device=device)
+    return None
 
 
 def specialised(program: Program, target: torch.dtype, device: torch.device | str) -> fx.GraphModule:
@@ -66,5 +95,5 @@ class Runner:
 
     def __call__(self, **inputs: Any) -> tuple[torch.Tensor, ...]:
         """Run on inputs by name."""
-        result = self.graph(*self.values, *bind_inputs(self.program, inputs, self.device))
+        result = self.graph(*self.values, *bind_inputs(self.program, inputs, self.device, self.dtype))
         return tuple(result)

@@ -72,6 +72,8 @@ PYTHON_OPS = {
 }  # fmt: skip
 # Private aten kernels skip bounds checks that their public fronts make; these are the ones that captures need.
 _PRIVATE = {"_to_copy", "_softmax", "_log_softmax", "_unsafe_view", "_grouped_mm", "_scaled_grouped_mm"}
+# The one op that writes into an argument: into inputs that the caller gave for it.
+_WRITERS = {torch.ops.graphopt.cached_attention.default}
 # Strings select a variant of an op and never name a file (aten::from_file does).
 _STRING_ARGUMENTS = {
     "approximate", "equation", "indexing", "interpolation", "mode", "ord", "padding", "padding_mode", "reduce",
@@ -263,8 +265,9 @@ class _Parser:
         high = line.integer(LARGEST_SIZE)
         line.mark("hint")
         hint = line.integer(high)
-        if not 0 < low <= hint:
-            raise line.error("bad_graph", "a dimension needs 1 <= low <= hint <= high", token)
+        # A size of 1 is propagated as a number and no longer as the dimension.
+        if not 0 < low <= hint or hint < 2:
+            raise line.error("bad_graph", "a dimension needs 1 <= low <= hint <= high and a hint of 2 or more", token)
         self.dims[token.text] = Dim(token.text, low, high, hint)
 
     def _sizes(self, line: _Line, *, named: bool) -> tuple[Any, ...]:
@@ -462,7 +465,7 @@ def _resolve(line: _Line, token: _Token) -> Any:
         packet = None if private or "__" in token.text else getattr(getattr(torch.ops, namespace), name, None)
         if isinstance(packet, torch._ops.OpOverloadPacket) and overload in packet.overloads():
             op = getattr(packet, overload)
-            if not op._schema.is_mutable and _tensor_op(op):
+            if (not op._schema.is_mutable or op in _WRITERS) and _tensor_op(op):
                 return op
     raise line.error("unknown_op", f"{token.text!r} is no op that a program may call", token)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_LIB = torch.library.Library("graphopt", "DEF")
+LIBRARY = torch.library.Library("graphopt", "DEF")
 
 
 def _mask(
@@ -33,7 +33,7 @@ def _mask(
     return visible
 
 
-def _attention(
+def scaled_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -118,9 +118,9 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 def _define(schema: str, reference: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
     """Register an op whose kernel is `reference` and whose gradient is that of the reference, recomputed."""
     name = schema.split("(")[0]
-    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIB.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"graphopt::{name}", fake, lib=_LIB)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"graphopt::{name}", fake, lib=LIBRARY)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
@@ -142,14 +142,14 @@ def _define(schema: str, reference: Callable[..., torch.Tensor], fake: Callable[
             gradients[i] = gradient
         return tuple(gradients)
 
-    torch.library.register_autograd(f"graphopt::{name}", backward, setup_context=save, lib=_LIB)
+    torch.library.register_autograd(f"graphopt::{name}", backward, setup_context=save, lib=LIBRARY)
     return getattr(torch.ops.graphopt, name).default
 
 
 attention = _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, bool causal, int? window, "
     "float? softcap) -> Tensor",
-    _attention,
+    scaled_attention,
     lambda q, k, v, mask, sinks, scale, causal, window, softcap: q.new_empty(
         (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     ),

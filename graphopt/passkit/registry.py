@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "cleanup": "graphopt.passes.simplify.cleanup:Cleanup",
+    "insert_cache": "graphopt.passes.cache.insert_cache:InsertCache",
     "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",

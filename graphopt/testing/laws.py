@@ -227,10 +227,10 @@ def cost_is_counted(case: Trial) -> None:
     runner = after.module(None)
     for seed, sizes in enumerate(SHAPES[1:]):
         inputs = verify.random_inputs(after, sizes, seed)
-        mode = FlopCounterMode(display=False, custom_mapping={torch.ops.graphopt.attention: _attention_flops})
+        mode = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         with torch.no_grad(), mode:
             runner(**inputs)
-        counted = found.at(**sizes)["flops"]
+        counted = found.at(**verify.capacity_of(after, sizes), **sizes)["flops"]
         _require(
             counted == mode.get_total_flops(), law, f"{counted} FLOPs counted, {mode.get_total_flops()} at {sizes}"
         )
@@ -350,6 +350,18 @@ def _rank(node: fx.Node) -> tuple[Any, ...]:
 
 def _attention_flops(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
+
+
+def _cached_flops(
+    q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_shape: Any = None, **given: Any
+) -> int:
+    return int(sdpa_flop_count(q, keys, values))
+
+
+_FLOPS = {
+    torch.ops.graphopt.attention: _attention_flops,
+    torch.ops.graphopt.cached_attention: _cached_flops,
+}
 
 
 class _Only:

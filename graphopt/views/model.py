@@ -157,8 +157,9 @@ class Views:
         labels = self.labels
         found = []
         for node in self.program.graph.graph.nodes:
-            if node.target is not torch.ops.graphopt.attention.default:
+            if node.target not in (torch.ops.graphopt.attention.default, torch.ops.graphopt.cached_attention.default):
                 continue
+            cached = node.target is torch.ops.graphopt.cached_attention.default
             q, k, v = node.args[:3]
             aq, ak, av = labels.of(q), labels.of(k), labels.of(v)
             sources = [source_linear(labels, side) for side in (q, k, v)]
@@ -180,8 +181,8 @@ class Views:
                     kv_heads=size_of(kv_axis),
                     head_dim=size_of(aq[3]),
                     value_dim=size_of(av[3]),
-                    causal=bool(node.args[6]),
-                    window=node.args[7],
+                    causal=cached or bool(node.args[6]),
+                    window=node.args[11 if cached else 7],
                     positions=positions(q),
                     kv_group=kv_group,
                     query_group=inner[0] if len(inner) == 1 else None,

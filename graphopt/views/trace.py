@@ -232,7 +232,7 @@ def stream_source(node: fx.Node) -> fx.Node | None:
 
 
 def derives_from(node: object, names: set[str]) -> bool:
-    """Whether a node depends on one of some inputs."""
+    """Whether a node depends on the values, and not the sizes alone, of one of some inputs."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
@@ -241,6 +241,8 @@ def derives_from(node: object, names: set[str]) -> bool:
         seen.add(current)
         if current.meta.get("input") in names:
             return True
+        if getattr(current.target, "overloadpacket", None) is aten.sym_size:
+            continue
         stack.extend(current.all_input_nodes)
     return False
 

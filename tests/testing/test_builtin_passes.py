@@ -19,6 +19,7 @@ POOL = covering(8)
 EXAMPLES = 8
 PLAIN = {
     "cleanup": {},
+    "insert_cache": {},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
     "prune_hidden": {"keep": "50%"},
     "prune_neurons": {"keep": "40%"},

@@ -1,0 +1,207 @@
+"""Attention over a cache: new keys and values are written into static buffers, queries see committed and new entries.
+
+Prefill, one decoded token and the verification of a token tree are the same op with different `lengths`, `positions`
+and `ancestors`. Shapes: B rows, H query heads, K KV heads (K divides H), S new tokens, C slots of a buffer, D and E head
+sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+from graphopt.ops.library import LIBRARY, scaled_attention
+
+
+class Slots:
+    """Where the new tokens of a call are written and what they see; one object serves all layers of a step.
+
+    `lengths` `[B]` counts committed entries, `positions` `[B, S]` are the new tokens' logical positions, `ancestors`
+    `[B or 1, S, S]` says which new tokens see which (None: ordinary text, each sees those before it and itself).
+    Raises ValueError when a row does not fit into `capacity` slots.
+    """
+
+    def __init__(
+        self, lengths: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None, capacity: int
+    ) -> None:
+        self.lengths, self.positions, self.ancestors = lengths, positions, ancestors
+        counts: list[int] = lengths.tolist()
+        self.count = positions.shape[1]
+        self.used = max(counts) + self.count
+        if self.used > capacity or min(counts) < 0:
+            raise ValueError(f"{max(counts)} entries and {self.count} new ones do not fit a cache of {capacity}")
+        self.start = counts[0] if len(set(counts)) == 1 else None
+        self.chain = ancestors is None or self.count == 1 or self._is_chain(ancestors)
+        self._visible: dict[int | None, torch.Tensor | None] = {}
+        self._at: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None
+        self._straight: bool | None = None
+
+    def _is_chain(self, ancestors: torch.Tensor) -> bool:
+        lower = torch.ones(self.count, self.count, dtype=torch.bool, device=ancestors.device).tril()
+        return bool((ancestors == lower).all())
+
+    @property
+    def causal(self) -> bool:
+        """Whether this is a plain prefill of equal rows, which needs no mask tensor."""
+        return self.start == 0 and self.chain and self.count > 1
+
+    @property
+    def at(self) -> torch.Tensor:
+        """Slots of the new tokens `[B, S]`."""
+        if self._at is None:
+            steps = torch.arange(self.count, device=self.lengths.device)
+            self._at = self.lengths[:, None] + steps
+        return self._at
+
+    @property
+    def straight(self) -> bool:
+        """Whether every new token's position is its slot, as in ordinary text."""
+        if self._straight is None:
+            self._straight = bool((self.positions == self.at).all())
+        return self._straight
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Logical positions of the used slots `[B or 1, used]`: a committed slot's is its index."""
+        if self._places is None:
+            columns = torch.arange(self.used, device=self.lengths.device)[None]
+            if self.straight:
+                self._places = columns
+            else:
+                self._places = columns.expand(self.lengths.shape[0], -1).scatter(1, self.at, self.positions)
+        return self._places
+
+    def visible(self, window: int | None) -> torch.Tensor | None:
+        """Which used slots each new token sees, bool `[B or 1, 1, S, used]`; None when it sees all of them."""
+        if window is not None and self.straight and self.used <= window:
+            window = None
+        if window not in self._visible:
+            self._visible[window] = self._see(window)
+        return self._visible[window]
+
+    def _see(self, window: int | None) -> torch.Tensor | None:
+        if self.count == 1 and self.start is not None:
+            if window is None:
+                return None
+            recent: torch.Tensor = self.places > self.positions - window
+            return recent[:, None, None]
+        columns = torch.arange(self.used, device=self.lengths.device)
+        offset = columns - self.lengths[:, None]
+        new = (offset >= 0) & (offset < self.count)
+        ancestors = self.ancestors
+        if ancestors is None:
+            ancestors = torch.ones(1, self.count, self.count, dtype=torch.bool, device=columns.device).tril()
+        rows = self.lengths.shape[0]
+        index = offset.clamp(0, self.count - 1)[:, None].expand(-1, self.count, -1)
+        seen: torch.Tensor = ancestors.to(torch.bool).expand(rows, -1, -1).gather(2, index) & new[:, None]
+        seen = seen | (offset < 0)[:, None]
+        if window is not None:
+            seen = seen & (self.places[:, None, :] > self.positions[:, :, None] - window)
+        return seen[:, None]
+
+    def write(self, buffer: torch.Tensor, new: torch.Tensor) -> None:
+        """Put new entries `[B, K, S, D]` into their slots of `[B, K, C, D]`."""
+        if self.start is not None:
+            buffer.narrow(2, self.start, self.count).copy_(new)
+            return
+        index = self.at[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        buffer.scatter_(2, index, new.to(buffer.dtype))
+
+    def columns(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask whose last axis counts key positions, with its last axis turned to the used slots."""
+        if mask.shape[-1] == 1:
+            return mask
+        if self.straight:
+            return mask[..., : self.used]
+        rows, (_, heads, queries, _) = self.places.shape[0], mask.shape
+        index = self.places[:, None, None].expand(-1, heads, queries, -1)
+        return mask.expand(rows, -1, -1, -1).gather(3, index)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: Slots,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What `cached_attention` computes, with the slots of the step already worked out."""
+    slots.write(keys, k)
+    slots.write(values, v)
+    if slots.causal and mask is None and sinks is None and softcap is None and (window is None or slots.used <= window):
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    held, gain = keys[:, :, : slots.used], values[:, :, : slots.used]
+    if held.dtype != q.dtype:
+        held, gain = held.to(q.dtype), gain.to(q.dtype)
+    visible = slots.visible(window)
+    if mask is not None:
+        mask = slots.columns(mask)
+        if visible is None:
+            visible = mask
+        elif mask.dtype == torch.bool:
+            visible = visible & mask
+        else:
+            visible = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return scaled_attention(q, held, gain, visible, sinks, scale, False, None, softcap)
+
+
+def _cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor,
+    ancestors: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of S new tokens over a cache, q `[B, H, S, D]`, k `[B, K, S, D]`, v `[B, K, S, E]` to `[B, H, S, E]`.
+
+    Row b's new entries go to slots lengths[b] .. lengths[b] + S - 1 of `keys` `[B, K, C, D]` and `values`
+    `[B, K, C, E]`, in place. Query i sees the slots below lengths[b] and new token j where `ancestors` `[B or 1, S, S]`
+    is true at [i, j]; `window` counts positions, where a committed slot's is its index and a new token's is
+    `positions` `[B, S]`. `mask` `[B or 1, 1 or H, S, C]` (bool visibility or additive bias) speaks of key positions.
+    """
+    slots = Slots(lengths, positions, ancestors, keys.shape[2])
+    return attend(q, k, v, keys, values, slots, mask, sinks, scale, window, softcap)
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _differentiable(*arguments: Any) -> torch.Tensor:
+    """Under autograd the reference runs as the ordinary operations that it is made of."""
+    if isinstance(arguments[0], FakeTensor) or not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            result: torch.Tensor = cached_attention(*arguments)
+            return result
+    return _cached_attention(*arguments)
+
+
+LIBRARY.define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
+    "Tensor positions, Tensor ancestors, Tensor? mask, Tensor? sinks, float scale, int? window, float? softcap) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("cached_attention", _cached_attention, "CompositeExplicitAutograd")
+LIBRARY.impl("cached_attention", _differentiable, "Autograd")
+torch.library.register_fake("graphopt::cached_attention", _fake, lib=LIBRARY)
+cached_attention = torch.ops.graphopt.cached_attention.default

@@ -1,0 +1,104 @@
+"""The speculative loop: propose, verify in one run, accept, commit, tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.diagnostics import PlanError
+from graphopt.runtime.cache import Cache
+from graphopt.runtime.decoder import Decoder
+from graphopt.runtime.speculate.accept import Acceptance, Greedy
+from graphopt.runtime.speculate.control import Controller, Fixed
+from graphopt.runtime.speculate.drafter import Drafter, Rows
+from graphopt.runtime.speculate.log import Event, Log
+from graphopt.runtime.speculate.tree import Tree
+
+
+@dataclass
+class Speculator:
+    """Decodes one sequence at a time with a drafter; without one, or with a budget of one row, it decodes plainly.
+
+    The program alone writes its cache, which ends with every emitted token but the last.
+    """
+
+    decoder: Decoder
+    drafter: Drafter | None = None
+    controller: Controller = field(default_factory=lambda: Fixed(16))
+    accept: Acceptance = field(default_factory=Greedy)
+
+    def generate(
+        self,
+        prompt: torch.Tensor,
+        max_new_tokens: int,
+        eos: int | Iterable[int] | None = None,
+        stream: Callable[[int], object] | None = None,
+    ) -> tuple[torch.Tensor, Log]:
+        """Continue a prompt `[S]` by at most `max_new_tokens`, up to the first `eos`; the whole sequence and its log.
+
+        `stream` sees every token as it is decided. Raises PlanError for anything but one prompt with tokens.
+        """
+        if prompt.dim() != 1 or not len(prompt):
+            raise PlanError.of("no_prompt", f"speculation continues one prompt [S], not {list(prompt.shape)}")
+        stops = {eos} if isinstance(eos, int) else set(eos or ())
+        sequence, log, tell = prompt.tolist(), Log(), stream or (lambda token: None)
+        if max_new_tokens < 1:
+            return prompt, log
+        cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
+        sequence.append(self._begin(cache, tuple(sequence), log))
+        tell(sequence[-1])
+        while log.emitted < max_new_tokens and sequence[-1] not in stops:
+            new = self._step(cache, sequence[-1], max_new_tokens - log.emitted, stops, log)
+            sequence += new
+            for token in new:
+                tell(token)
+        return torch.tensor(sequence, dtype=torch.long), log
+
+    def _begin(self, cache: Cache, prompt: tuple[int, ...], log: Log) -> int:
+        """Read the prompt; the first token behind it."""
+        started = time.perf_counter()
+        rows = self._run(cache, Tree.chain(prompt[0], prompt[1:]))
+        cache.commit(len(prompt))
+        if self.drafter is not None:
+            self.drafter.begin(prompt, rows)
+        token = self.accept.first(rows.logits[-1])
+        log.events.append(Event(len(prompt), 1, 0, time.perf_counter() - started))
+        return token
+
+    def _step(self, cache: Cache, root: int, most: int, stops: set[int], log: Log) -> list[int]:
+        """Draft behind the root, verify, keep a path: the tokens that this emits, at least one and at most `most`."""
+        started = time.perf_counter()
+        budget = self.controller.budget()
+        drafter = self.drafter if budget > 1 and most > 1 else None
+        tree = drafter.propose(root, budget) if drafter is not None else Tree.root(root)
+        drafted = time.perf_counter()
+        rows = self._run(cache, tree)
+        path, token = self.accept(tree, rows.logits)
+        new = _until_stop([*(tree.token[node] for node in path[1:]), token][:most], stops)
+        path = path[: len(new)]
+        cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor(path))
+        if self.drafter is not None:
+            self.drafter.observe(rows, path)
+        event = Event(len(tree), len(new), len(path) - 1, time.perf_counter() - started, drafted - started)
+        log.events.append(event)
+        self.controller.told(event)
+        return new
+
+    def _run(self, cache: Cache, tree: Tree) -> Rows:
+        """Results of the program for the nodes of a tree behind what the cache holds."""
+        ids = torch.tensor([tree.token])
+        with torch.no_grad():
+            values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
+        outputs = {name: value[0] for name, value in zip(self.decoder.program.entry.outputs, values, strict=True)}
+        return Rows(tree.token, tree.parent, next(iter(outputs.values())), outputs)
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens up to the first stop, it included."""
+    for place, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: place + 1]
+    return tokens

@@ -1,0 +1,123 @@
+"""A key-value cache: a stateless program becomes one that decodes step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from graphopt.passkit.base import Context, Pass
+from graphopt.passkit.facts import Effect, Fact
+
+if TYPE_CHECKING:
+    from graphopt.passes.cache.sequence import Sequence
+    from graphopt.passes.cache.slots import Slot
+    from graphopt.passkit.edits import Plan
+    from graphopt.views import Attention
+
+
+class InsertCache(Pass):
+    """Let every causal attention keep its keys and values, so that a new token costs one step and not a whole run.
+
+    Tokens become the new tokens alone. Their positions, the lengths of the rows' caches, the ancestors of each new
+    token among the new ones, and two buffers an attention become inputs. Prefill, a decoded token and the verification
+    of a token tree are three uses of the one graph. What the model computed from places in the sequence (rotary angles,
+    learned positions, biases by distance) is computed from the positions instead; what it computed from the padding
+    goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow.
+
+    A model whose tokens meet outside of causal attention (convolutions over time, state spaces, token shift) is
+    declined with the name of the node. So is one whose bias has no proven meaning at a cached step. Put passes that
+    change heads, widths or layers before this one. `where` has no say in it.
+
+    ```yaml
+    - use: insert_cache
+    ```
+    """
+
+    name: ClassVar[str] = "insert_cache"
+    effect: ClassVar[Effect] = Effect.LOSSLESS_DECODE
+    forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED})
+    adds: ClassVar[frozenset[Fact]] = frozenset({Fact.KV_CACHED})
+
+    policy: Literal["full"] = "full"
+    """what a cache keeps"""
+
+    def plan(self, context: Context) -> Plan:
+        """An edit for each attention that decodes, a decline for each that needs no cache; all or none of the former."""
+        from graphopt.ir.rewriter import Rewriter
+        from graphopt.passes.cache.places import Unplaceable
+        from graphopt.passes.cache.sequence import Sequence
+        from graphopt.passes.cache.slots import Stage, tokens_of
+        from graphopt.passkit.edits import Decline, Plan
+
+        program, attentions = context.program, context.views.attentions
+        tokens = tokens_of(program)
+        if tokens is None:
+            return Plan((), (Decline("model", "it does not take one batch of tokens [B, S]"),))
+        if not attentions:
+            return Plan((), (Decline("model", "no attention was found, so there is nothing to cache"),))
+        sequence = Sequence(program, tokens)
+        growing = [a for a in attentions if a.core in sequence.live and a.core.args[1] in sequence.live]
+        declines = [
+            Decline(a.path, "its keys do not grow with the decoded text: they are computed once")
+            for a in attentions
+            if a not in growing
+        ]
+        reasons = {a.path: reason for a in growing if (reason := self._unfit(a, sequence)) is not None}
+        mixing = sequence.mixing()
+        if mixing is not None and not reasons:
+            node, what = mixing
+            where = f" ({node.meta['path']})" if "path" in node.meta else ""
+            reasons = dict.fromkeys(
+                (a.path for a in growing), f"tokens meet outside of attention, at %{node.name}{where}: {what}"
+            )
+        edits = [self._slot(index, a) for index, a in enumerate(growing)]
+        if not reasons and edits:
+            try:
+                rewriter = Rewriter(program)
+                stage = Stage.of(rewriter, program)
+                for slot in edits:
+                    stage.buffers(slot)
+                    stage.mask(program.nodes[slot.node])
+            except Unplaceable as error:
+                reasons = {a.path: f"its places have no proven meaning at a cached step: {error}" for a in growing}
+        if reasons:
+            other = "another attention cannot be cached: " + next(iter(reasons.values()))
+            declines += [Decline(a.path, reasons.get(a.path, other)) for a in growing]
+            return Plan((), tuple(declines))
+        return Plan(tuple(edits), tuple(declines))
+
+    def _slot(self, index: int, attention: Attention) -> Slot:
+        from graphopt.passes.cache.slots import Slot
+
+        k, v = (attention.core.args[i].meta["val"] for i in (1, 2))  # type: ignore[union-attr]
+        return Slot(
+            attention.path,
+            attention.core.name,
+            index,
+            (int(k.shape[1]), int(k.shape[3])),
+            (int(v.shape[1]), int(v.shape[3])),
+            k.dtype,
+        )
+
+    def _unfit(self, attention: Attention, sequence: Sequence) -> str | None:
+        """Why an attention cannot be cached."""
+        from graphopt.passes.cache.probe import hides_later
+        from graphopt.passes.cache.sequence import expression
+
+        core = attention.core
+        q, k, v, mask = core.args[:4]
+        for name, side in (("queries", q), ("keys", k), ("values", v)):
+            shape = side.meta["val"].shape  # type: ignore[union-attr]
+            sizes = [expression(size) for size in shape]
+            whole = len(sizes) == 4 and sizes[0] == sequence.batch and sizes[2] == sequence.length
+            if not whole or not (sizes[1].is_Integer and sizes[3].is_Integer):
+                return f"its {name} are {list(shape)}, not [B, heads, S, size]"
+        if mask is not None and mask in sequence.live:
+            return "its mask depends on the tokens"
+        computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
+        if not attention.causal and not computed:
+            return "it sees later tokens"
+        if computed and not attention.causal and not hides_later(sequence, mask):  # type: ignore[arg-type]
+            return "its mask does not hide later tokens"
+        if mask is not None and not computed and not sequence.is_padding(mask):  # type: ignore[arg-type]
+            return f"its mask %{mask.name} is no padding"  # type: ignore[union-attr]
+        return None

@@ -1,0 +1,238 @@
+"""The edit that gives an attention its slots in the cache, and what all of them share: the new inputs."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphopt.ir.program import Dim, Input, Program
+from graphopt.ir.rewriter import Rewriter
+from graphopt.passes.cache.places import Frame, Places
+from graphopt.passes.cache.sequence import Sequence, expression, packet
+from graphopt.passkit.edits import Edit
+from graphopt.views import Views
+
+aten = torch.ops.aten
+CAPACITY = Dim("C", 1, 1 << 24, 29)
+_SHARED = "insert_cache"
+
+
+@dataclass(frozen=True, eq=False)
+class Slot(Edit):
+    """Keep the keys and values of one attention in buffers: `node` is its core, `index` the number of its buffers.
+
+    `keys` and `values` are `(heads, size)` of an entry.
+    """
+
+    view: str
+    node: str
+    index: int
+    keys: tuple[int, int]
+    values: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def candidate(self) -> str:
+        """The attention."""
+        return self.view
+
+    def describe(self) -> str:
+        """What an entry holds."""
+        (heads, size), (_, value_size) = self.keys, self.values
+        return f"{self.view}: cache {self.index}, {heads} KV heads of {size} + {value_size}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the trail."""
+        return {
+            "edit": "slot",
+            "view": self.view,
+            "node": self.node,
+            "cache": self.index,
+            "keys": list(self.keys),
+            "values": list(self.values),
+        }
+
+    def apply(self, rewriter: Rewriter, views: Views) -> None:
+        """The attention writes its new entries into the buffers and reads the committed ones there."""
+        stage = Stage.of(rewriter, views.program)
+        buffers = stage.buffers(self)
+        core = rewriter.node(self.node)
+        q, k, v, _, sinks, scale, _, window, softcap = core.args
+        mask = stage.mask(views.program.nodes[self.node])
+        made = rewriter.call(
+            torch.ops.graphopt.cached_attention.default,
+            q, k, v, *buffers, stage.lengths, stage.positions, stage.ancestors, mask, sinks, scale, window, softcap,
+            before=core,
+        )  # fmt: skip
+        rewriter.replace(core, made)
+
+    def emulate(self, rewriter: Rewriter, views: Views) -> None:
+        """The same by a mask: attention over all slots and the new entries behind them, nothing written."""
+        stage = Stage.of(rewriter, views.program)
+        keys, values = stage.buffers(self)
+        core = rewriter.node(self.node)
+        q, k, v, _, sinks, scale, _, window, softcap = core.args
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            return rewriter.call(target, *args, before=core)
+
+        visible = stage.visible(call, window)  # type: ignore[arg-type]
+        mask = stage.mask(views.program.nodes[self.node])
+        if mask is not None:
+            visible = stage.meet(call, visible, mask, views.program.nodes[self.node].args[3])
+        made = call(
+            torch.ops.graphopt.attention.default,
+            q, call(aten.cat.default, [keys, k], 2), call(aten.cat.default, [values, v], 2), visible, sinks, scale,
+            False, None, softcap,
+        )  # fmt: skip
+        rewriter.replace(core, made)
+
+
+class Stage:
+    """What the slots of one rewrite share: tokens' places and lengths as inputs, and expressions that read them."""
+
+    def __init__(self, rewriter: Rewriter, program: Program) -> None:
+        self.rewriter = rewriter
+        tokens = tokens_of(program)
+        assert tokens is not None
+        self.sequence = Sequence(program, tokens)
+        batch, length = tokens.shape[:2]
+        given = {spec.role: spec for spec in program.entry.inputs}
+        if "positions" in given:
+            self.positions = rewriter.node(rewriter.input_node(given["positions"].name))
+        else:
+            self.positions = rewriter.add_input(Input("positions", (batch, length), torch.int64, "positions"))
+        self.lengths = rewriter.add_input(Input("lengths", (batch,), torch.int64, "lengths"))
+        self.ancestors = rewriter.add_input(Input("ancestors", (batch, length, length), torch.bool, "ancestors"))
+        rewriter.add_dim(CAPACITY)
+        self._batch = batch
+        self._buffers: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self._places: Places | None = None
+        self._tokens = rewriter.input_node(tokens.name)
+        self._padding = given.get("padding")
+
+    @staticmethod
+    def of(rewriter: Rewriter, program: Program) -> Stage:
+        """The stage of a rewrite, made by the first slot."""
+        if _SHARED not in rewriter.shared:
+            rewriter.shared[_SHARED] = Stage(rewriter, program)
+        found: Stage = rewriter.shared[_SHARED]
+        return found
+
+    def buffers(self, slot: Slot) -> tuple[fx.Node, fx.Node]:
+        """Inputs for the keys and values of a slot."""
+        keys, values = (
+            self.rewriter.add_input(
+                Input(f"cache_{slot.index}_{kind}", (self._batch, heads, CAPACITY.name, size), slot.dtype, "cache")
+            )
+            for kind, (heads, size) in (("keys", slot.keys), ("values", slot.values))
+        )
+        if self._places is None:
+            self._begin(keys)
+        return keys, values
+
+    def _begin(self, keys: fx.Node) -> None:
+        """Turn everything outside of attention that counts places to the new inputs."""
+        rewriter, sequence = self.rewriter, self.sequence
+        last = [node for node in rewriter.graph.nodes if node.op == "placeholder"][-1]
+        batch = rewriter.call(aten.sym_size.int, self._tokens, 0, after=last)
+        length = rewriter.call(aten.sym_size.int, self._tokens, 1, after=batch)
+        capacity = rewriter.call(aten.sym_size.int, keys, 2, after=length)
+        rows = rewriter.call(operator.mul, batch, length, after=capacity)
+        frame = Frame(self.positions, batch, length, capacity, rows)
+        self._places = places = Places(rewriter, sequence, frame, rows)
+        originals = list(sequence.program.graph.graph.nodes)
+        for node in originals:
+            if node not in sequence.live & sequence.needed or node.op != "call_function":
+                continue
+            for source in node.all_input_nodes:
+                mask = packet(node) is torch.ops.graphopt.attention and source is node.args[3]
+                if source in sequence.placed and not mask and not places.native(source):
+                    made = places.rows(source, node)
+                    rewriter.node(node).replace_input_with(rewriter.node(source), made)
+        self._natives(originals, batch, length)
+
+    def _natives(self, originals: list[fx.Node], batch: fx.Node, length: fx.Node) -> None:
+        """Padding is ones, its count the positions, and sizes come from the tokens."""
+        rewriter, sequence, places = self.rewriter, self.sequence, self._places
+        assert places is not None
+        known = {sequence.batch: batch, sequence.length: length}
+        for node in originals:
+            if packet(node) is aten.sym_size and node.args[0] is not sequence.placeholder:
+                size = self._size(expression(node.meta["val"]), known)
+                if size is not None:
+                    rewriter.node(node).replace_all_uses_with(size)
+            elif node in sequence.placed and places.native_count(node):
+                today = rewriter.node(node)
+                counted = rewriter.call(aten.add.Tensor, self.positions, 1, after=places.frame.rows)
+                today.replace_all_uses_with(counted)
+        if self._padding is not None:
+            dtype = self._padding.dtype
+            padding = rewriter.input_node(self._padding.name)
+            ones = rewriter.call(aten.ones_like.default, self._tokens, after=places.frame.rows)
+            if dtype != torch.int64:
+                ones = rewriter.call(aten.to.dtype, ones, dtype, after=ones)
+            padding.replace_all_uses_with(ones)
+            rewriter.drop_input(self._padding.name)
+
+    def _size(self, size: sympy.Expr, known: dict[sympy.Expr, fx.Node]) -> fx.Node | None:
+        """A multiple of the batch or of the number of tokens, as a node; None for any other size."""
+        assert self._places is not None
+        for symbol, node in known.items():
+            factor = sympy.simplify(size / symbol)
+            if factor == 1:
+                return node
+            if factor.is_Integer:
+                return self.rewriter.call(operator.mul, node, int(factor), after=self._places.frame.rows)
+        return None
+
+    def mask(self, core: fx.Node) -> fx.Node | None:
+        """Today's mask of an attention of the original program by key position; None when lengths say it all."""
+        mask = core.args[3]
+        if not isinstance(mask, fx.Node) or mask.meta["val"].dim() == 2:
+            return None
+        assert self._places is not None
+        return self._places.mask(mask)
+
+    def visible(self, call: Any, window: int | None) -> fx.Node:
+        """Which of C slots and S new entries each new token sees, `[B, 1, S, C + S]`."""
+        assert self._places is not None
+        frame = self._places.frame
+        cpu = torch.device("cpu")
+        slots = call(aten.arange.start_step, 0, frame.capacity)
+        slots.kwargs = {"dtype": torch.int64, "device": cpu}
+        committed = call(aten.lt.Tensor, slots, call(aten.unsqueeze.default, self.lengths, 1))
+        sizes = [frame.batch, frame.length, frame.capacity]
+        old = call(aten.expand.default, call(aten.unsqueeze.default, committed, 1), sizes)
+        new = call(aten.expand.default, self.ancestors, [frame.batch, frame.length, frame.length])
+        if window is not None:
+            first = call(aten.unsqueeze.default, call(aten.sub.Tensor, self.positions, window), 2)
+            old = call(aten.logical_and.default, old, call(aten.gt.Tensor, slots, first))
+            own = call(aten.unsqueeze.default, self.positions, 1)
+            new = call(aten.logical_and.default, new, call(aten.gt.Tensor, own, first))
+        return call(aten.unsqueeze.default, call(aten.cat.default, [old, new], 2), 1)  # type: ignore[no-any-return]
+
+    def meet(self, call: Any, visible: fx.Node, mask: fx.Node, original: Any) -> fx.Node:
+        """Visibility with a mask by key position, `[B or 1, H or 1, S, C]`, over slots and new entries."""
+        assert self._places is not None
+        frame = self._places.frame
+        heads, value = original.meta["val"].shape[1], original.meta["val"]
+        wide = call(aten.expand.default, mask, [frame.batch, heads, frame.length, frame.capacity])
+        index = call(aten.reshape.default, self.positions, [frame.batch, 1, 1, frame.length])
+        index = call(aten.expand.default, index, [frame.batch, heads, frame.length, frame.length])
+        both = call(aten.cat.default, [wide, call(aten.gather.default, wide, 3, index)], 3)
+        if value.dtype == torch.bool:
+            return call(aten.logical_and.default, both, visible)  # type: ignore[no-any-return]
+        hidden = call(aten.logical_not.default, visible)
+        return call(aten.masked_fill.Scalar, both, hidden, torch.finfo(value.dtype).min)  # type: ignore[no-any-return]
+
+
+def tokens_of(program: Program) -> Input | None:
+    """The input that takes tokens `[B, S]`, when there is exactly one."""
+    found = [spec for spec in program.entry.inputs if spec.role == "tokens" and len(spec.shape) == 2]
+    return found[0] if len(found) == 1 and all(isinstance(size, str) for size in found[0].shape) else None
