@@ -386,11 +386,16 @@ class Labels:
         return list(axes)
 
     def _attention(self, node: fx.Node) -> Axes:
-        q, k, v, mask, sinks = node.args[:5]
+        q, k, v = node.args[:3]
+        cached = node.target is torch.ops.graphopt.cached_attention.default
+        mask, sinks = node.args[8:10] if cached else node.args[3:5]
         aq, ak, av = self.of(q), self.of(k), self.of(v)  # type: ignore[arg-type]
         where = f"attention at %{node.name}"
         unify(ak[1], av[1], where)
         unify(aq[3], ak[3], where)
+        if cached:
+            for axis in (ak[1], ak[3], av[3]):
+                lock(axis, f"the cache of the {where} has its size; cut before insert_cache")
         if ak[1] != ():
             heads, kv_heads = size_of(aq[1]), size_of(ak[1])
             grouped: Axis = (*ak[1], Atom(heads // kv_heads)) if heads != kv_heads else ak[1]
@@ -448,7 +453,7 @@ def _table() -> dict[Any, str]:
         "_layer_norm": [aten.layer_norm],
         "_rms_norm": [torch.ops.graphopt.rms_norm],
         "_rotary": [torch.ops.graphopt.rotary],
-        "_attention": [torch.ops.graphopt.attention],
+        "_attention": [torch.ops.graphopt.attention, torch.ops.graphopt.cached_attention],
         "_attention_mask": [torch.ops.graphopt.attention_mask],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
