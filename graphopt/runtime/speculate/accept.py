@@ -145,7 +145,9 @@ def sampling_law(temperature: float = 1.0, top_k: int | None = None, top_p: floa
         raise ValueError("sampling needs a temperature above 0; Greedy is the law at 0")
 
     def law(logits: torch.Tensor) -> torch.Tensor:
-        p, order = torch.softmax(logits.to(torch.float64) / temperature, dim=-1).sort(-1, descending=True, stable=True)
+        p, order = torch.softmax(logits.to(torch.float64) / temperature, dim=-1).sort(
+            dim=-1, descending=True, stable=True
+        )
         if top_k is not None:
             p[:, top_k:] = 0
         if top_p is not None:

@@ -1,0 +1,204 @@
+"""Shared blocks of speculation: trees, builders, acceptance laws, controllers and the log."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphopt.runtime.speculate import (
+    Event,
+    Exact,
+    Goodput,
+    Greedy,
+    Log,
+    Template,
+    Tree,
+    Typical,
+    best_first,
+    from_template,
+    widths,
+)
+from graphopt.runtime.speculate.accept import sampling_law
+from graphopt.runtime.speculate.build import best_paths
+
+V = 5
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 24) -> Tree:
+    """Random trees over a vocabulary of `V`."""
+    token, parent, taken = [draw(st.integers(0, V - 1))], [-1], set()
+    for node in range(1, draw(st.integers(1, most))):
+        above, word = draw(st.integers(0, node - 1)), draw(st.integers(0, V - 1))
+        if (above, word) not in taken and above < len(token):
+            taken.add((above, word))
+            token.append(word)
+            parent.append(above)
+    return Tree(tuple(token), tuple(parent))
+
+
+@given(trees())
+def test_masks_depths_and_paths_follow_from_parents(tree: Tree) -> None:
+    for node in range(len(tree)):
+        path = tree.path(node)
+        assert path[0] == 0
+        assert path[-1] == node
+        assert tree.depth[node] == len(path) - 1
+        assert set(torch.nonzero(tree.ancestors[0, node]).flatten().tolist()) == set(path)
+    assert sum(map(len, tree.children)) == len(tree) - 1
+    assert Tree.chain(1, (2, 2)).is_chain
+
+
+@pytest.mark.parametrize(
+    ("token", "parent"), [((1, 2), (-1, 1)), ((1, 2, 2), (-1, 0, 0)), ((1,), (0,)), ((), ()), ((1, 2), (-1, -1))]
+)
+def test_what_is_no_tree_is_refused(token: tuple[int, ...], parent: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"tree|parents|children"):
+        Tree(token, parent)
+
+
+def test_templates_are_prefix_closed_and_give_trees() -> None:
+    template = widths((3, 1))
+    tree = from_template(template, 9, [[4, 5, 6], [7]])
+    assert tree.token == (9, 4, 5, 6, 7, 7, 7)
+    assert tree.parent == (-1, 0, 0, 0, 1, 2, 3)
+    assert len(from_template(template.cut(5), 9, [[4, 5, 6], [7]])) == 5
+    for paths in (((0, 1),), ((0,), (0,))):
+        with pytest.raises(ValueError, match="template"):
+            Template(paths)
+
+
+@given(st.integers(0, 30), st.integers(0, 1000))
+def test_best_first_takes_the_likeliest_paths(budget: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(3, 4, generator=generator).softmax(-1).log().sort(-1, descending=True).values
+    tree = best_first(9, [[0, 1, 2, 3]] * 3, scores.tolist(), budget)
+    assert len(tree) == min(max(budget, 1), 1 + 4 + 16 + 64)
+    everything = [(a,) for a in range(4)] + [(a, b) for a in range(4) for b in range(4)]
+    everything += [(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
+    best = sorted((sum(float(scores[i, r]) for i, r in enumerate(p)) for p in everything), reverse=True)
+    got = sorted(
+        (
+            sum(float(scores[i, tree.token[n]]) for i, n in enumerate(tree.path(node)[1:]))
+            for node in range(1, len(tree))
+        ),
+        reverse=True,
+    )
+    assert got == pytest.approx(best[: len(got)], abs=1e-5)
+    template = best_paths(scores.exp(), len(tree) - 1)
+    assert {tuple(tree.token[n] for n in tree.path(node)[1:]) for node in range(1, len(tree))} == set(template.paths)
+
+
+@given(trees(), st.integers(0, 1000))
+def test_greedy_keeps_the_longest_path_of_likeliest_tokens(tree: Tree, seed: int) -> None:
+    logits = torch.randn(len(tree), V, generator=torch.Generator().manual_seed(seed))
+    path, token = Greedy()(tree, logits)
+    best = logits.argmax(-1).tolist()
+    right = [n for n in range(len(tree)) if all(tree.token[b] == best[a] for a, b in _edges(tree, n))]
+    assert tree.depth[path[-1]] == max(tree.depth[n] for n in right)
+    assert path[-1] in right
+    assert token == best[path[-1]]
+
+
+def _edges(tree: Tree, node: int) -> list[tuple[int, int]]:
+    path = tree.path(node)
+    return list(itertools.pairwise(path))
+
+
+def _table(seed: int) -> torch.Tensor:
+    """Probabilities of the next token given the last two, `[V, V, V]`."""
+    return (2 * torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).softmax(-1)
+
+
+def _draft(kind: str, draft: torch.Tensor, root: int, generator: torch.Generator) -> Tree:
+    """A tree of two levels behind a root, drawn from (or ranked by) a draft model `[V, V]` of the last token."""
+    token, parent, q = [root], [-1], [draft[root]]
+    for above in (0, 1):
+        law, count = draft[token[above]], {"chain": 1}.get(kind, 2)
+        if kind == "one_hot":
+            words = law.topk(count).indices.tolist()
+        else:
+            words = torch.multinomial(law, count, replacement=False, generator=generator).tolist()
+        for word in words:
+            token.append(word)
+            parent.append(above)
+            q.append(draft[word])
+    return Tree(tuple(token), tuple(parent), None if kind == "one_hot" else torch.stack(q))
+
+
+@pytest.mark.parametrize("kind", ["chain", "without_replacement", "one_hot"])
+def test_exact_acceptance_keeps_the_law_of_plain_sampling(kind: str) -> None:
+    table, draft = _table(1), _table(2)[0]
+    runs, generator = 12_000, torch.Generator().manual_seed(7)
+    accept = Exact(lambda logits: logits.exp(), generator)
+    counts = torch.zeros(V, V)
+    for _ in range(runs):
+        tree = _draft(kind, draft, 0, generator)
+        # The program's own law at each node: of the token there and the one before it.
+        rows = torch.stack([table[tree.token[max(p, 0)], tree.token[n]] for n, p in enumerate(tree.parent)])
+        path, token = accept(tree, rows.log())
+        new = [*(tree.token[n] for n in path[1:]), token]
+        if len(new) == 1:
+            new.append(int(torch.multinomial(table[0, new[0]], 1, generator=generator)))
+        counts[new[0], new[1]] += 1
+    law = table[0, 0][:, None] * table[0]
+    statistic = float(((counts - runs * law).square() / (runs * law)).sum())
+    # 99.9% quantile of chi-square with 24 degrees of freedom.
+    assert statistic < 51.2
+
+
+def test_typical_acceptance_is_declared_lossy_and_its_ends_are_nothing_and_everything() -> None:
+    law, generator = sampling_law(1.0), torch.Generator().manual_seed(0)
+    logits = torch.randn(7, V, generator=generator)
+    tree = Tree((0, 1, 2, 3, 4, 1, 2), (-1, 0, 0, 1, 3, 2, 4))
+    nothing = Typical(law, generator, eps=1.0, delta=math.inf)(tree, logits)
+    everything = Typical(law, generator, eps=0.0)(tree, logits)
+    assert nothing[0] == (0,)
+    assert everything[0] == tree.path(6)
+    assert not Typical.lossless
+    assert Greedy.lossless
+    assert Exact.lossless
+
+
+@given(st.floats(0.2, 3), st.integers(1, V), st.floats(0.1, 1), st.integers(0, 100))
+def test_sampling_law_is_that_of_plain_sampling(heat: float, top_k: int, top_p: float, seed: int) -> None:
+    from graphopt.runtime.generate import choose
+
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(seed))
+    law = sampling_law(heat, top_k, top_p)(logits)[0]
+    assert float(law.sum()) == pytest.approx(1)
+    assert 1 <= int((law > 0).sum()) <= top_k
+    drawn = {int(choose(logits, torch.Generator().manual_seed(i), heat, top_k, top_p)) for i in range(20)}
+    assert all(law[token] > 0 for token in drawn)
+
+
+def test_figures_derive_from_events() -> None:
+    log = Log([Event(9, 1, 0, 0.5), Event(4, 3, 2, 0.2), Event(1, 1, 0, 0.1)])
+    assert log.emitted == 5 == len(log.steps) + 2 + 1
+    assert log.tau == 2
+    assert log.acceptance_rate == pytest.approx(2 / 3)
+    assert log.ttft == 0.5
+    assert log.tpot == pytest.approx(0.075)
+
+
+def test_goodput_falls_back_to_plain_decoding_and_takes_what_pays() -> None:
+    def settle(emitted: int, seconds: float) -> int:
+        control = Goodput((8,), period=16)
+        for _ in range(200):
+            rows = control.budget()
+            control.told(Event(rows, 1 if rows == 1 else emitted, 0, 1.0 if rows == 1 else seconds))
+        return control.best()
+
+    assert settle(3, 2.0) == 8
+    assert settle(1, 1.1) == 1
+    control = Goodput((8,), period=50)
+    used = []
+    for _ in range(500):
+        used.append(control.budget())
+        control.told(Event(used[-1], 1, 0, 1.0 if used[-1] == 1 else 2.0))
+    assert used.count(8) <= 4 + 500 // 50
