@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.frontend.inplace import functionalise
 from graphopt.frontend.matching import is_op
 from graphopt.frontend.raise_attention import raise_spelled_attention
 from graphopt.frontend.raise_rotary import raise_rotary
@@ -28,6 +29,7 @@ def normalize(graph_module: fx.GraphModule) -> None:
     inline_wrappers(graph_module)
     graph = graph_module.graph
     drop_asserts(graph)
+    functionalise(graph)
     drop_no_ops(graph)
     drop_empty_pieces(graph)
     simplify_calls(graph)
@@ -56,9 +58,9 @@ def inline_wrappers(graph_module: fx.GraphModule) -> None:
             body = getattr(graph_module, body_node.target)
             _inline(graph_module.graph, node, body.graph, node.args[body_position + 1 :])
             changed = True
-        graph_module.graph.eliminate_dead_code(
-            is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.users)
-        )
+        for node in list(graph_module.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                graph_module.graph.erase_node(node)
 
 
 def _inline(graph: fx.Graph, call: fx.Node, body: fx.Graph, arguments: tuple[Any, ...]) -> None:
