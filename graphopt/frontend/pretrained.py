@@ -7,9 +7,10 @@ transformers' attention interface, and tensors are read lazily from the checkpoi
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.diagnostics import ArtifactError, CaptureError
 from graphopt.frontend.checkpoint import CheckpointSource
+from graphopt.frontend.converted import Conversion, ConvertedSource
 from graphopt.frontend.export import DEFAULT_DIMS, capture_module
 from graphopt.ir.program import Dim, Input, Origin, Program
 from graphopt.ir.weights import MemorySource
@@ -139,6 +141,8 @@ def _capture(
     dims: tuple[Dim, ...],
 ) -> Program:
     model, buffers = build_without_weights(config, dtype)
+    if source is not None:
+        source = _as_the_model_names(source, model)
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
     with our_masks():
@@ -152,6 +156,64 @@ def _capture(
             names_on_disk=on_disk,
         )
     return program if source is None else source.fit(program, "config.json makes it")
+
+
+def _as_the_model_names(source: CheckpointSource, model: Any) -> CheckpointSource:
+    """The checkpoint under the model's own names: transformers' renamings and conversions, done lazily.
+
+    Raises ArtifactError when tensors on disk do not convert into those of the model.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    state = model.state_dict()
+    if set(state) <= set(source.names):
+        return source
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    renamed: dict[str, str] = {}
+    groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    prefix = model.base_model_prefix
+    for name in sorted(source.names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue
+        if pattern is None:
+            renamed[target] = name
+        else:
+            groups.setdefault(target, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(name)
+
+    def conversion(first: str, converter: Any, parts: dict[str, list[str]]) -> Conversion:
+        def make(tensors: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+            ready = copy.deepcopy(converter)
+            for kind, values in tensors.items():
+                for value in values:
+                    ready.add_tensor(first, kind, kind, lambda value=value: value)
+            made = ready.convert(first, model=model, config=model.config)
+            return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+        merge, *rest = converter.operations
+        stacks = isinstance(merge, MergeModulelist) and merge.dim == 0
+        stacks = stacks and all(getattr(operation, "dim", 0) > 0 for operation in rest)
+        return Conversion({kind: tuple(names) for kind, names in parts.items()}, make, stacks)
+
+    try:
+        return ConvertedSource(source, renamed, tuple(conversion(t, *group) for t, group in groups.items()))
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError.of(
+            "tensors_not_converted",
+            f"{source.directory} holds tensors that do not convert into those of {type(model).__name__}: {error}",
+        ) from error
 
 
 def model_inputs(model: Any) -> tuple[Input, ...]:
