@@ -46,11 +46,13 @@ class Visit:
 class Segment:
     """Nodes between two points of the stream, the weights they read, what dies and who visits after each node.
 
-    `rows` is set where the only node reads its weight by rows.
+    `rows` is set where the only node is a product that reads its weight by rows; `weights` leaves out what only
+    lookups read, which take the rows that they need.
     """
 
     nodes: tuple[fx.Node, ...]
     weights: tuple[fx.Node, ...]
+    lookups: frozenset[fx.Node]
     dead: Mapping[fx.Node, tuple[fx.Node, ...]]
     visits: Mapping[fx.Node, tuple[Visit, ...]]
     rows: bool = False
@@ -95,7 +97,10 @@ def stream(
                 alive[batch] = None
                 both = Layered(weights, values)
                 for node in segment.nodes:
-                    values[node] = inputs[node.name] if node.op == "placeholder" else compute(node, both)
+                    if node in segment.lookups:
+                        values[node] = _lookup(program, node, values, dtype, device)
+                    else:
+                        values[node] = inputs[node.name] if node.op == "placeholder" else compute(node, both)
                     after(segment, node, batch, values)
                 alive[batch] = spill.put(batch, values)
                 step()
@@ -156,9 +161,12 @@ def cut(
         ready.setdefault(end, []).append(visit)
 
     def made(inside: list[fx.Node], rows: bool = False) -> Segment:
+        lookups = frozenset(node for node in inside if _looks_up(program, node, dtype))
+        read = dict.fromkeys(s for n in inside if n not in lookups for s in n.all_input_nodes if "weight" in s.meta)
         return Segment(
             tuple(inside),
-            tuple(dict.fromkeys(s for node in inside for s in node.all_input_nodes if "weight" in s.meta)),
+            tuple(read),
+            lookups,
             {node: tuple(dying[index[node.name]]) for node in inside if index[node.name] in dying},
             {node: tuple(ready[index[node.name]]) for node in inside if index[node.name] in ready},
             rows,
@@ -176,11 +184,12 @@ def cut(
 
     for i, node in enumerate(order[: max(ends) + 1]):
         if node in needed and "weight" not in node.meta:
-            if _by_rows_possible(program, node, dtype, limits):
+            if limits.split and _multiplies(program, node, dtype):
                 close()
                 found.append(made([node], rows=True))
                 continue
-            more = {s: _bytes(program, s, dtype) for s in node.all_input_nodes if "weight" in s.meta}
+            read_here = () if _looks_up(program, node, dtype) else node.all_input_nodes
+            more = {s: _bytes(program, s, dtype) for s in read_here if "weight" in s.meta}
             if limits.weights is not None and inside and sum({**read, **more}.values()) > limits.weights:
                 close()
             inside.append(node)
@@ -209,20 +218,36 @@ def _bytes(program: Program, weight: fx.Node, dtype: torch.dtype | None) -> int:
     return torch.Size(expr.shape).numel() * int(size.itemsize)
 
 
-def _by_rows_possible(program: Program, node: fx.Node, dtype: torch.dtype | None, limits: Limits) -> bool:
-    """Whether a node reads one large weight that can be read by rows: a lookup always, a product where `split` allows."""
-    if node.target is aten.embedding.default:
-        weight = node.args[0]
-    elif node.target is aten.linear.default and limits.split:
-        weight = node.args[1]
-    else:
+def _looks_up(program: Program, node: fx.Node, dtype: torch.dtype | None) -> bool:
+    """Whether a node looks up rows of a large weight, so that the weight need not be whole."""
+    return node.target is aten.embedding.default and _large(program, node.args[0], dtype)
+
+
+def _multiplies(program: Program, node: fx.Node, dtype: torch.dtype | None) -> bool:
+    """Whether a node is a product with one large weight, which may be read by rows."""
+    if node.target is not aten.linear.default or not _large(program, node.args[1], dtype):
         return False
-    if not isinstance(weight, fx.Node) or "weight" not in weight.meta or _bytes(program, weight, dtype) <= PIECE:
+    return isinstance(node.args[0], fx.Node) and "weight" not in node.args[0].meta
+
+
+def _large(program: Program, weight: Any, dtype: torch.dtype | None) -> bool:
+    if not isinstance(weight, fx.Node) or "weight" not in weight.meta:
         return False
-    others = [source for source in node.all_input_nodes if source is not weight]
-    bias = node.args[2] if node.target is aten.linear.default and len(node.args) > 2 else None
-    plain = all("weight" not in source.meta for source in others if source is not bias)
-    return plain and program.weights[weight.meta["weight"]].expr.rows(0, 1) is not None
+    expr = program.weights[weight.meta["weight"]].expr
+    return _bytes(program, weight, dtype) > PIECE and expr.rows(0, 1) is not None
+
+
+def _lookup(
+    program: Program,
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> torch.Tensor:
+    weight, ids = node.args[:2]
+    unique, place = torch.unique(values[ids], return_inverse=True)  # type: ignore[index]
+    rows = program.weights.rows(weight.meta["weight"], unique.tolist(), dtype, device)  # type: ignore[union-attr]
+    return rows[place]
 
 
 def _by_rows(
@@ -233,23 +258,18 @@ def _by_rows(
     device: torch.device | str,
 ) -> Iterator[torch.Tensor]:
     store = program.weights
-    if node.target is aten.embedding.default:
-        name = node.args[0].meta["weight"]  # type: ignore[union-attr]
-        for values in alive:
-            ids = values[node.args[1]]  # type: ignore[index]
-            unique, place = torch.unique(ids, return_inverse=True)
-            rows = store.rows(name, unique.tolist(), dtype, device)
-            yield rows[place]
-        return
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else None
-    added = None if bias is None else store.evaluate(bias.meta["weight"], dtype, device)  # type: ignore[union-attr]
+    added: torch.Tensor | None = None
+    if isinstance(bias, fx.Node):
+        added = store.evaluate(bias.meta["weight"], dtype, device) if "weight" in bias.meta else None
     results: list[list[torch.Tensor]] = [[] for _ in alive]
     done = 0
     for piece in store.pieces(weight.meta["weight"], PIECE, dtype, device):  # type: ignore[union-attr]
-        here = None if added is None else added[done : done + len(piece)]
-        done += len(piece)
         for values, result in zip(alive, results, strict=True):
+            whole = values[bias] if isinstance(bias, fx.Node) and added is None else added
+            here = None if whole is None else whole[done : done + len(piece)]
             result.append(torch.nn.functional.linear(values[x], piece, here))  # type: ignore[index]
+        done += len(piece)
     for result in results:
         yield torch.cat(result, dim=-1)

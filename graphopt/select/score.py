@@ -15,6 +15,8 @@ from graphopt.views import UnitGroup, Views, coordinates
 
 AnyScore = Magnitude | Fluctuation | Activation | TaylorScore | Order
 Normalise = str
+# Bytes in float64 of the rows that are looked at together: few enough for a cache.
+_PIECE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -85,35 +87,48 @@ def _magnitude(group: UnitGroup, program: Program) -> torch.Tensor:
     for occurrence in group.occurrences:
         if program.weights[occurrence.weight].kind != "parameter":
             continue
-        weight = _weight(program, occurrence.weight)
-        squares = weight.square().movedim(occurrence.axis, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
+        squares = _energy(program, occurrence.weight, occurrence.axis)
         total += _summed(Features(squares, torch.from_numpy(occurrence.unit)), group.units)
     return total.sqrt()
+
+
+def _energy(program: Program, name: str, axis: int) -> torch.Tensor:
+    """Sums of squares of a weight over all axes but one, read by rows, so that a large one is never whole in float64."""
+    try:
+        parts = []
+        for piece in program.weights.pieces(name, _PIECE, torch.float64):
+            others = [i for i in range(piece.dim()) if i != axis]
+            parts.append(piece.square().sum(others) if others else piece.square())
+    except LookupError as error:
+        raise _unreadable(name, error) from error
+    return torch.cat(parts) if axis == 0 else torch.stack(parts).sum(0)
 
 
 def _weight(program: Program, name: str) -> torch.Tensor:
     try:
         return program.weights.evaluate(name, torch.float64)
     except LookupError as error:
-        raise PlanError.of(
-            "no_weights",
-            f"this score reads weights, but {name} cannot be read: {error}",
-            help=("use score: order, which needs none",),
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: LookupError) -> PlanError:
+    return PlanError.of(
+        "no_weights",
+        f"this score reads weights, but {name} cannot be read: {error}",
+        help=("use score: order, which needs none",),
+    )
 
 
 def _fluctuation(group: UnitGroup, program: Program, statistics: Statistics, metric: str) -> Iterator[Features]:
     squared = group.family in ("query", "kv_group")
     for consumer in group.consumers:
         moments = statistics.moments(consumer.x)
-        columns = None
-        if metric != "ifv":
-            columns = _weight(program, consumer.linear.weight).movedim(consumer.linear.in_axis, -1)
-        if columns is None:
+        if metric == "ifv":
             scores = moments.variance
         elif metric == "wifv":
-            scores = moments.variance * columns.square().sum(0)
+            scores = moments.variance * _energy(program, consumer.linear.weight, consumer.linear.in_axis)
         else:
+            columns = _weight(program, consumer.linear.weight).movedim(consumer.linear.in_axis, -1)
             scores = columns.abs().mean(0) * (moments.count * moments.square_mean).sqrt()
         yield Features(scores.square() if squared else scores, torch.from_numpy(consumer.unit))
 
