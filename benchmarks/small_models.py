@@ -69,7 +69,13 @@ _LATENT = {
     "v_head_dim": 8,
     "n_group": 1,
     "topk_group": 1,
+    "index_n_heads": 4,
+    "index_head_dim": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
 }
+# Where the rotated part of a head is what the config calls its width.
+_ROTATED = {"head_dim": 4, "num_key_value_heads": 4}
 _INNER = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -88,6 +94,11 @@ _INNER = {
     "lru_width": 32,
     "num_heads": 4,
     "word_embed_proj_dim": 32,
+    "mamba_expand": 2,
+    "expand": 2,
+    "num_v_heads": 4,
+    "rope_theta": 10000.0,
+    "shared_intermediate_size": 24,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 96,
 }
@@ -98,7 +109,11 @@ RECIPES: tuple[dict[str, Any], ...] = (
     _SIZES | _LATENT | _INNER,
     _SIZES | _INNER,
     _SIZES | {"num_key_value_heads": 4},
+    _SIZES | _LATENT | _ROTATED,
+    _SIZES | _LATENT | _INNER | _ROTATED,
+    _SIZES | _LATENT | _INNER | {"num_key_value_heads": 4},
     _SIZES | _LATENT | _INNER | _WIDE_HEADS,
+    _SIZES | _INNER | {"head_dim": 16},
     _SIZES | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192},
     _SIZES | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 384},
     # The class's own sizes with fewer layers.
@@ -171,7 +186,7 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
             refused.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:140]}")
             continue
         return model, number
-    raise NotBuiltError(f"{refused[0]} | {refused[-1]}")
+    raise NotBuiltError(" | ".join(dict.fromkeys(refused)))
 
 
 def _randomise(model: Any) -> None:
@@ -230,7 +245,6 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
     inside: list[tuple[str, Any]] = []
     softmax: set[int] = set()
     handles = []
-    per_block = {id(block): _feed_forwards(block) for block in blocks.values()}
 
     def enter(module: Any, *_: Any) -> None:
         inside.append(("attention", module))
@@ -241,9 +255,10 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
             softmax.discard(id(module))
             counts["attentions"] += 1
 
-    def block_called(module: Any, *_: Any) -> None:
+    def block_called(module: Any, _: Any, result: Any) -> None:
         counts["blocks"] += 1
-        dense, banks = per_block[id(module)]
+        result = result if isinstance(result, torch.Tensor) else result[0]
+        dense, banks = _feed_forwards(module, result.shape[-1])
         counts["feed_forwards"] += dense
         counts["experts"] += banks
 
@@ -310,8 +325,8 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
-def _feed_forwards(block: Any) -> tuple[int, int]:
-    """Dense feed-forwards and expert banks of one block."""
+def _feed_forwards(block: Any, width: int) -> tuple[int, int]:
+    """Dense feed-forwards and expert banks of one block whose residual stream is `width` wide."""
     mixers, banks, lists = [], [], []
     for name, module in block.named_modules():
         kind = type(module).__name__.lower()
@@ -330,7 +345,7 @@ def _feed_forwards(block: Any) -> tuple[int, int]:
     dense = 0
     for down in linears:
         ups = [up for up in linears if up[0] == down[1] and up[1] in (down[0], 2 * down[0]) and up != down]
-        dense += bool(ups) and down[0] != down[1] and down[0] > down[1] - 9
+        dense += bool(ups) and down[0] != down[1] == width
     outer = [n for n in banks if not any(n.startswith(m + ".") for m in mixers)]
     listed = [
         n

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,20 @@ def _build(factory: Any, config: Any, dtype: torch.dtype) -> Any:
     refused: list[str] = []
     for implementation in ("graphopt", "sdpa", "eager"):
         try:
-            return factory(config, dtype=dtype, attn_implementation=implementation)
+            model = factory(config, dtype=dtype, attn_implementation=implementation)
         except (KeyError, ValueError, ImportError) as error:
             refused.append(f"{implementation}: {error}")
+            continue
+        # Code that spells its attention out would take our mask, which is true where a key is seen, for an addend.
+        if implementation != "graphopt" or _calls_attention_interface(model):
+            return model
+        refused.append(f"{implementation}: the model's code does not call transformers' attention interface")
     raise CaptureError.of("not_buildable", f"{type(config).__name__} cannot be built", notes=tuple(refused))
+
+
+def _calls_attention_interface(model: torch.nn.Module) -> bool:
+    homes = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules[home], "ALL_ATTENTION_FUNCTIONS") for home in homes)
 
 
 def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Program:
