@@ -19,30 +19,40 @@ from graphopt.ops.library import LIBRARY, scaled_attention
 class Slots:
     """Where the new tokens of a call are written and what they see; one object serves all layers of a step.
 
-    `lengths` `[B]` counts committed entries, `positions` `[B, S]` are the new tokens' logical positions, `ancestors`
-    `[B or 1, S, S]` says which new tokens see which (None: ordinary text, each sees those before it and itself).
-    Raises ValueError when a row does not fit into `capacity` slots.
+    `lengths` `[B]` counts committed entries and `count` is S. `positions` `[B, S]` are the new tokens' logical ones
+    (None: their slots), `ancestors` `[B or 1, S, S]` says which new tokens see which (None: ordinary text, each sees
+    those before it and itself). Raises ValueError when a row does not fit into `capacity` slots.
     """
 
     def __init__(
-        self, lengths: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None, capacity: int
+        self,
+        lengths: torch.Tensor,
+        count: int,
+        capacity: int,
+        positions: torch.Tensor | None = None,
+        ancestors: torch.Tensor | None = None,
     ) -> None:
-        self.lengths, self.positions, self.ancestors = lengths, positions, ancestors
-        counts: list[int] = lengths.tolist()
-        self.count = positions.shape[1]
-        self.used = max(counts) + self.count
-        if self.used > capacity or min(counts) < 0:
-            raise ValueError(f"{max(counts)} entries and {self.count} new ones do not fit a cache of {capacity}")
-        self.start = counts[0] if len(set(counts)) == 1 else None
-        self.chain = ancestors is None or self.count == 1 or self._is_chain(ancestors)
+        self.lengths, self.count, self.ancestors = lengths, count, ancestors
+        held: list[int] = lengths.tolist()
+        self.used = max(held) + count
+        if self.used > capacity or min(held) < 0:
+            raise ValueError(f"{max(held)} entries and {count} new ones do not fit a cache of {capacity}")
+        self.start = held[0] if held.count(held[0]) == len(held) else None
+        self.chain = ancestors is None or count == 1 or self._is_chain(ancestors)
         self._visible: dict[int | None, torch.Tensor | None] = {}
         self._at: torch.Tensor | None = None
         self._places: torch.Tensor | None = None
-        self._straight: bool | None = None
+        self._positions = positions
+        self._straight: bool | None = True if positions is None else None
 
     def _is_chain(self, ancestors: torch.Tensor) -> bool:
         lower = torch.ones(self.count, self.count, dtype=torch.bool, device=ancestors.device).tril()
         return bool((ancestors == lower).all())
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Logical positions of the new tokens `[B, S]`."""
+        return self.at if self._positions is None else self._positions
 
     @property
     def causal(self) -> bool:
@@ -141,10 +151,16 @@ def attend(
     if slots.causal and mask is None and sinks is None and softcap is None and (window is None or slots.used <= window):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    held, gain = keys[:, :, : slots.used], values[:, :, : slots.used]
+    held, gain = keys.narrow(2, 0, slots.used), values.narrow(2, 0, slots.used)
     if held.dtype != q.dtype:
         held, gain = held.to(q.dtype), gain.to(q.dtype)
     visible = slots.visible(window)
+    if slots.count == 1 and visible is None and mask is None and sinks is None and softcap is None:
+        # The query heads that share a KV head are so many queries of it.
+        rows, heads, _, size = q.shape
+        shared = q.view(rows, k.shape[1], heads // k.shape[1], size)
+        result = F.scaled_dot_product_attention(shared, held, gain, scale=scale)
+        return result.view(rows, heads, 1, v.shape[3])
     if mask is not None:
         mask = slots.columns(mask)
         if visible is None:
@@ -178,7 +194,7 @@ def _cached_attention(
     is true at [i, j]; `window` counts positions, where a committed slot's is its index and a new token's is
     `positions` `[B, S]`. `mask` `[B or 1, 1 or H, S, C]` (bool visibility or additive bias) speaks of key positions.
     """
-    slots = Slots(lengths, positions, ancestors, keys.shape[2])
+    slots = Slots(lengths, q.shape[2], keys.shape[2], positions, ancestors)
     return attend(q, k, v, keys, values, slots, mask, sinks, scale, window, softcap)
 
 

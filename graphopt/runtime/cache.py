@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from graphopt.diagnostics import PlanError
@@ -30,19 +32,24 @@ class Cache:
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # What the decoder works out once for a text: arguments of its two forms, and tables by place.
+        self.text: list[Any] = []
+        self.other: list[Any] = []
+        self.tables: list[torch.Tensor] = []
 
     def commit(self, kept: int | torch.Tensor) -> None:
         """Keep entries that the last step wrote: the first `kept` of each row (a number or `[B]`), or those of a path.
 
-        A path `[B, n]` (or `[n]` for a batch of one) lists nodes of a token tree, ancestors first; their entries move
-        to the slots behind the committed ones. Rows whose path is shorter are filled with -1 at the end.
+        A path `[B, n]` lists nodes of a token tree, ancestors first; their entries move to the slots behind the
+        committed ones. Rows whose path is shorter are filled with -1 at the end. Raises ValueError for what does not
+        fit or is no path.
         """
         if isinstance(kept, int):
             self._raise(torch.full_like(self.lengths, kept))
-        elif kept.dim() == 1 and kept.shape[0] == self.batch and self.batch > 1:
+        elif kept.dim() == 1:
             self._raise(kept.to(self.lengths))
         else:
-            self._move(kept.to(self.lengths).reshape(self.batch, -1))
+            self._move(kept.to(self.lengths))
 
     def _move(self, path: torch.Tensor) -> None:
         count = (path >= 0).sum(-1)
@@ -77,8 +84,8 @@ class Cache:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i continue what row `rows[i]` held."""
-        for name, buffer in self.buffers.items():
-            self.buffers[name] = buffer[rows]
+        for buffer in self.buffers.values():
+            buffer.copy_(buffer[rows])
         self.lengths = self.lengths[rows]
 
     def bytes(self) -> int:

@@ -6,42 +6,58 @@ import torch
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
-from graphopt.ir.run import Runner
+from graphopt.ops.cached import Slots
 from graphopt.runtime.cache import Cache
+from graphopt.runtime.lower import Lowered
 
 
 class Decoder:
-    """Runs the steps of a program with a cache; the cache is the caller's."""
+    """Runs the steps of a program with a cache; each text has a cache of its own.
+
+    Raises PlanError for a program without a cache.
+    """
 
     def __init__(
         self, program: Program, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.program, self.dtype, self.device = program, dtype, device
-        self.names = {spec.role: spec.name for spec in program.entry.inputs}
-        if "lengths" not in self.names:
+        if not any(spec.role == "lengths" for spec in program.entry.inputs):
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
-        self.run = Runner(program, dtype, device)
+        with torch.inference_mode():
+            self.lowered = Lowered(program, dtype, device)
 
-    def cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of at most `capacity` entries."""
-        return Cache(self.program, batch, capacity, self.dtype, self.device)
+    def cache(self, batch: int, capacity: int, **context: torch.Tensor) -> Cache:
+        """An empty cache for `batch` rows of at most `capacity` entries; `context` are the program's other inputs.
+
+        What depends on the context alone (an encoder, its keys and values) is computed here, once.
+        """
+        cache = Cache(self.program, batch, capacity, self.dtype, self.device)
+        with torch.inference_mode():
+            values = self.lowered.start(context, cache.buffers)
+        cache.text, cache.other = self.lowered.text.fixed(values), self.lowered.other.fixed(values)
+        cache.tables = [cache.text[index] for index, _ in self.lowered.text.tables]
+        return cache
 
     def step(
-        self, cache: Cache, tokens: torch.Tensor, *, ancestors: torch.Tensor | None = None, **context: torch.Tensor
+        self, cache: Cache, tokens: torch.Tensor, *, ancestors: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Results of new tokens `[B, S]` behind what the cache holds; their entries are written, not yet committed.
 
         `ancestors` `[B or 1, S, S]` (bool, itself included) makes the tokens a tree: token i sees token j where it is
-        true at [i, j], and stands as deep as it has ancestors. `context` are the program's other inputs.
+        true at [i, j], and stands as deep as it has ancestors. Raises ValueError when the cache is full.
         """
-        count = tokens.shape[1]
-        seen = torch.ones(1, count, count, dtype=torch.bool).tril() if ancestors is None else ancestors
-        positions = cache.lengths[:, None] + (seen.sum(-1) - 1)
-        names = self.names
-        given = {
-            names["tokens"]: tokens,
-            names["positions"]: positions,
-            names["lengths"]: cache.lengths,
-            names["ancestors"]: seen,
-        }
-        return self.run(**given, **cache.buffers, **context)
+        with torch.inference_mode():
+            count = tokens.shape[1]
+            positions = None if ancestors is None else cache.lengths[:, None] + (ancestors.sum(-1) - 1)
+            slots = Slots(cache.lengths, count, cache.capacity, positions, ancestors)
+            plain = slots.start is not None and ancestors is None
+            form = self.lowered.text if plain else self.lowered.other
+            given = cache.text if plain else cache.other
+            given[form.inputs["tokens"]] = tokens
+            if plain:
+                for (index, axis), table in zip(form.tables, cache.tables, strict=True):
+                    given[index] = table.narrow(axis, slots.start, count)
+            for role in form.inputs:
+                if role != "tokens":
+                    given[form.inputs[role]] = getattr(slots, role)
+            return form.call(slots, *given)
