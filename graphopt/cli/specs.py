@@ -29,6 +29,12 @@ Settings = Annotated[
 ]
 
 
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="4GiB", help="What the process may use; kept, or refused at the start."),
+]
+
+
 class Level(StrEnum):
     """How much is verified after every step."""
 
@@ -47,6 +53,7 @@ def run(
         Level | None, typer.Option(help="What to verify after every step; the spec's where absent.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that graphopt wrote.")] = False,
+    memory: Memory = None,
     as_json: JSON = False,
 ) -> None:
     """Transform a model as a spec says, verify every step, and save the result."""
@@ -56,8 +63,10 @@ def run(
 
         out = safe_output(out)
     from graphopt.compiler.compile import compile
+    from graphopt.observe.distributed import join, leave, rank
     from graphopt.report.run_report import plain, rich, run_report
 
+    joined = join()
     with reporter() as progress:
         program = compile(
             model,
@@ -66,7 +75,12 @@ def run(
             verify=None if verify is None else verify.value,
             overwrite=overwrite,
             progress=progress,
+            memory=_bytes(memory),
         )
+    first = rank() == 0
+    leave(joined)
+    if not first:
+        return
     report = run_report(program)
     if as_json:
         show_json({**report, "out": None if out is None else str(out)})
@@ -79,17 +93,43 @@ def run(
 
 
 @command
-def plan(spec: Spec, model: Model = None, settings: Settings = None, as_json: JSON = False) -> None:
+def plan(
+    spec: Spec,
+    model: Model = None,
+    settings: Settings = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Add the memory, bytes and time that the run would need.")
+    ] = False,
+    memory: Memory = None,
+    as_json: JSON = False,
+) -> None:
     """Show what each step of a spec would change and what it declines, and why; writes nothing."""
     loaded = _load(spec, settings)
-    from graphopt.compiler.compile import plan_steps
+    from graphopt.compiler.compile import plan_and_estimate
 
     with reporter() as progress:
-        planned = plan_steps(model, loaded, progress)
+        planned, needs = plan_and_estimate(model, loaded, progress, _bytes(memory), estimate)
     if as_json:
-        show_json({"spec": loaded.file, "steps": [_step_json(step, decided) for step, decided in planned]})
-    else:
-        show_page(_plan_page(planned))
+        steps = [_step_json(step, decided) for step, decided in planned]
+        show_json({"spec": loaded.file, "steps": steps, **({"estimate": needs.to_json()} if needs else {})})
+        return
+    page = _plan_page(planned)
+    if needs is not None:
+        page.title("estimate", "of the whole run on this machine")
+        page.row("peak memory", f"{needs.peak_memory / (1 << 30):.2f} GiB")
+        page.row("read", f"{needs.bytes_read:,} bytes of tensors")
+        page.row("written", f"{needs.bytes_written:,} bytes of tensors")
+        page.row("time", f"{needs.seconds:,} s: " + ", ".join(f"{name} {s}" for name, s in needs.stages.items()))
+    show_page(page)
+
+
+def _bytes(text: str | None) -> int | None:
+    from graphopt.spec import ByteSize, ScalarError
+
+    try:
+        return None if text is None else int(ByteSize.parse(text))
+    except ScalarError as error:
+        raise typer.BadParameter(str(error), param_hint="--memory") from error
 
 
 @command

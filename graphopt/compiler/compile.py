@@ -11,12 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from graphopt.artifact import load, save
+from graphopt.compiler.estimate import Estimate, estimate_run, memory_budget
+from graphopt.compiler.memory import Budget
 from graphopt.compiler.resolve import Resolved, resolve
 from graphopt.compiler.text import batches, evaluate, tokens_of
 from graphopt.compiler.verify import verify as verify_step
@@ -25,6 +28,7 @@ from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, P
 from graphopt.ir.program import Applied, Input, Program
 from graphopt.ir.text import fingerprint
 from graphopt.observe import Statistics
+from graphopt.observe.distributed import rank, together
 from graphopt.observe.run import observe
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
@@ -80,10 +84,13 @@ def compile(
     overwrite: bool = False,
     progress: Progress | None = None,
     state: str | Path | None = None,
+    memory: int | None = None,
 ) -> Program:
     """Transform `model` (a checkpoint directory, a module or a Program) as `spec` says; save to `out` when given.
 
-    Steps that train keep their state in the directory `state` and go on from there when they are run again. Raises
+    Steps that train keep their state in the directory `state` and go on from there when they are run again. `memory`
+    is what the process may use in bytes, and the run keeps to it or is refused before it starts. Under
+    torch.distributed every process calls this, they share the text, and the first one saves. Raises
     SpecError, PlanError, VerifyError or CheckError with the place in the spec; nothing is written to `out` then.
     """
     progress = progress or _Silent()
@@ -93,23 +100,26 @@ def compile(
     program = capture(model if model is not None else _model_of(resolved.loaded))
     progress.done()
     level = verify or spec_values.verify.level
-    quality = _measure(program, resolved, progress)
+    limits = memory_budget(program, resolved, level, memory, out)
+    quality = _measure(program, resolved, progress, limits)
     original, first, trail = program, quality, list(program.trail)
     programs = {"original": program}
     for spec_step, config in resolved.steps:
         started = time.perf_counter()
-        step = _step(program, spec_step, config, resolved, progress)
+        step = _step(program, spec_step, config, resolved, progress, limits)
+        limits.check()
         progress.stage(f"verify {step.spec.id}", None)
         certificate = verify_step(
-            step.before, step.after, step.plan, step.config.effect, level, step.spec.place, step.spec.id
+            step.before, step.after, step.plan, step.config.effect, level, step.spec.place, step.spec.id, limits.verify
         )
         progress.done()
+        limits.check()
         program, record = _train(step, programs, resolved, progress, state)
         programs[step.spec.id] = program
         if record is not None:
             certificate["training"] = record.to_json()
         before = _figures(step.before, quality)
-        quality = _measure(program, resolved, progress)
+        quality = _measure(program, resolved, progress, limits)
         trail.append(
             Applied(
                 step=step.spec.id,
@@ -126,7 +136,8 @@ def compile(
         )
     program = replace(program, trail=tuple(trail))
     _check(resolved, original, program, first, quality)
-    if out is not None:
+    limits.check()
+    if out is not None and rank() == 0:
         progress.stage("save", None)
         saving = spec_values.save
         dtype = getattr(torch, saving.dtype) if saving.dtype else None
@@ -142,19 +153,35 @@ def compile(
             **extra,
         )
         progress.done()
+        limits.check()
+    together()
     return program
 
 
 def plan_steps(model: Any, loaded: LoadedSpec, progress: Progress | None = None) -> list[tuple[StepSpec, Plan]]:
     """Plan every step, each on the result of the ones before; writes, verifies and trains nothing."""
+    return plan_and_estimate(model, loaded, progress, estimate=False)[0]
+
+
+def plan_and_estimate(
+    model: Any, loaded: LoadedSpec, progress: Progress | None = None, memory: int | None = None, estimate: bool = True
+) -> tuple[list[tuple[StepSpec, Plan]], Estimate | None]:
+    """The plans of all steps, and what the run with them would need within `memory` bytes."""
     resolved = resolve(loaded)
+    started = time.perf_counter()
     program = capture(model if model is not None else _model_of(loaded))
-    plans = []
+    captured = time.perf_counter() - started
+    limits = memory_budget(program, resolved, loaded.spec.verify.level, memory, None, whole=estimate)
+    plans, programs = [], [program]
     for spec, config in resolved.steps:
-        step = _step(program, spec, config, resolved, progress or _Silent())
+        step = _step(program, spec, config, resolved, progress or _Silent(), limits)
         plans.append((spec, step.plan))
         program = step.after
-    return plans
+        programs.append(program)
+    if not estimate:
+        return plans, None
+    seconds = time.perf_counter() - started - captured
+    return plans, estimate_run(programs[0], list(pairwise(programs)), resolved, limits, captured, seconds)
 
 
 def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: Any) -> Program:
@@ -171,14 +198,16 @@ def capture(model: Any, *, inputs: tuple[Input, ...] | None = None, **options: A
     return load(model, **options)
 
 
-def _step(program: Program, spec: StepSpec, config: Pass, resolved: Resolved, progress: Progress) -> Step:
+def _step(
+    program: Program, spec: StepSpec, config: Pass, resolved: Resolved, progress: Progress, limits: Budget
+) -> Step:
     """Plan one step and apply its edits."""
     try:
         views = Views(program)
         context = _context(views, spec, resolved)
         taps = config.observe(context)
         if taps:
-            statistics = _observe(program, taps, resolved, spec, progress)
+            statistics = _observe(program, taps, resolved, spec, progress, limits)
             context = Context(context.views, context.layers, statistics, context.seed, context.paths, context.facts)
         plan = config.plan(context)
         if not plan.edits and not spec.optional:
@@ -242,7 +271,9 @@ def _context(views: Views, step: StepSpec, resolved: Resolved) -> Context:
     return Context(views, layers, seed=resolved.loaded.spec.seed or 0, paths=paths)
 
 
-def _observe(program: Program, taps: Any, resolved: Resolved, step: StepSpec, progress: Progress) -> Statistics:
+def _observe(
+    program: Program, taps: Any, resolved: Resolved, step: StepSpec, progress: Progress, limits: Budget
+) -> Statistics:
     text = resolved.loaded.spec.calibration
     if text is None:
         raise PlanError.of("no_calibration", f"{step.use} watches the model run, but the spec has no calibration text")
@@ -256,17 +287,17 @@ def _observe(program: Program, taps: Any, resolved: Resolved, step: StepSpec, pr
         progress.advance(done - seen)
         seen = done
 
-    found = observe(program, taps, made, progress=tell)
+    found = observe(program, taps, made, progress=tell, limits=limits.observe)
     progress.done()
     return found
 
 
-def _measure(program: Program, resolved: Resolved, progress: Progress) -> dict[str, Any]:
+def _measure(program: Program, resolved: Resolved, progress: Progress, limits: Budget) -> dict[str, Any]:
     text = resolved.loaded.spec.evaluation
     if text is None:
         return {}
     progress.stage("evaluate", text.samples)
-    found = evaluate(program, text.data, text.samples, text.seq, tell=progress.advance)
+    found = evaluate(program, text.data, text.samples, text.seq, tell=progress.advance, limits=limits.evaluate)
     progress.done()
     return {"perplexity": found["perplexity"], "nats_per_token": found["nats_per_token"], "tokens": found["tokens"]}
 

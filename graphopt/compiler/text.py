@@ -12,6 +12,7 @@ import torch
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
+from graphopt.observe.stream import Limits
 from graphopt.observe.text import perplexity, token_batches
 from graphopt.views.trace import derives_from
 
@@ -75,10 +76,11 @@ def evaluate(
     seq: int = 256,
     batch: int = 8,
     tell: Callable[[int], object] | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, float | int]:
     """Perplexity of a program on a text: nats a token, its exponential, and how many tokens were predicted.
 
-    `tell(n)` is called when n more sequences begin.
+    `tell(n)` is called when n more sequences begin; with `limits` the program runs as a stream.
     """
 
     def told() -> Iterator[dict[str, torch.Tensor]]:
@@ -87,7 +89,7 @@ def evaluate(
                 tell(len(next(iter(inputs.values()))))
             yield inputs
 
-    nats, count = perplexity(program, told())
+    nats, count = perplexity(program, told(), limits)
     return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": count}
 
 

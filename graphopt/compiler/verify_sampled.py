@@ -48,7 +48,7 @@ def sampled(
         expected[batch] = values
 
     def check(batch: int, values: tuple[Any, ...]) -> None:
-        for name, got, wanted in zip(before.entry.outputs, values, expected[batch], strict=True):
+        for name, got, wanted in zip(after.entry.outputs, values, expected[batch], strict=True):
             errors.append(compare(batch, name, got, wanted))
 
     for program, act in ((reference, remember), (after, check)):
@@ -59,6 +59,24 @@ def sampled(
         "streamed": True,
         "largest_relative_error": max(errors),
     }
+
+
+def read_by(before: Program, after: Program, limits: Limits | None) -> tuple[set[str], set[str]]:
+    """The weights that a comparison of two programs reads of each: all, or with `limits` those of the sample."""
+    chosen = _choose(before, after) if limits is not None else None
+    found = []
+    for program in (before, after):
+        if chosen is not None:
+            keep = {block.exit.name for block in chosen}
+            program = _without(program, [b for b in Views(program).blocks if b.exit.name not in keep])
+        looked_up = {
+            node.args[0].meta["weight"]  # type: ignore[union-attr]
+            for node in program.graph.graph.nodes
+            if node.target is torch.ops.aten.embedding.default and limits is not None
+        }
+        tied = {n for n, w in program.weight_nodes.items() if n in looked_up and len(w.users) > 1}
+        found.append({n for n, w in program.weights.weights.items() if w.kind != "constant"} - (looked_up - tied))
+    return found[0], found[1]
 
 
 def _choose(before: Program, after: Program) -> list[Block] | None:

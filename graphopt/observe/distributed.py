@@ -5,6 +5,7 @@ Each process is as far as the others at every call of `gathered`, because all of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,3 +35,23 @@ def gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value)
     return found
+
+
+def together() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def join() -> bool:
+    """Join the processes that `torchrun` started, over gloo; false where it started none or this one has joined."""
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    dist.init_process_group("gloo")
+    return True
+
+
+def leave(joined: bool) -> None:
+    """Leave the processes that `join` joined."""
+    if joined:
+        dist.destroy_process_group()

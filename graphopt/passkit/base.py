@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,6 +57,7 @@ class Pass(BaseModel):
     adds: ClassVar[frozenset[Fact]] = frozenset()
     drops: ClassVar[frozenset[Fact]] = frozenset()
     idempotent: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def needs_calibration(self) -> bool:
         """Whether `observe` will ask for statistics; known from the options alone."""
@@ -65,6 +66,10 @@ class Pass(BaseModel):
     def refers_to(self) -> tuple[str, ...]:
         """Ids of earlier steps that the options name."""
         return ()
+
+    def reads(self) -> Literal["none", "rows", "whole"]:
+        """What planning holds of weights: none, some rows at a time, or whole ones; known from the options alone."""
+        return "whole"
 
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """The statistics that `plan` needs from calibration; none by default."""

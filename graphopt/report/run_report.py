@@ -86,6 +86,10 @@ def proof(certificate: Mapping[str, Any]) -> str:
     if level == "full" and "largest_relative_error" in certificate:
         error, allowed = float(certificate["largest_relative_error"]), float(certificate["tolerance"])
         return f"equals the {certificate.get('reference', 'reference')} within {error:.1e} (allowed {allowed:.1e})"
+    if level == "sampled":
+        blocks = certificate["blocks"]
+        on = f"on {len(blocks)} of {certificate['of_blocks']} blocks" if isinstance(blocks, list) else "on all blocks"
+        return f"equals the {certificate['reference']} {on} within {float(certificate['largest_relative_error']):.1e}"
     return {"shapes": "shapes checked", "off": "not verified"}.get(str(level), str(level or "no certificate"))
 
 

@@ -71,6 +71,10 @@ class SkipLayers(Pass):
                 raise ScalarError.about("which_layers", f"skip_layers reads {field} only with {owner}")
         return self
 
+    def reads(self) -> Literal["none", "rows", "whole"]:
+        """Layers go as they are."""
+        return "none"
+
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """Cosines of the stream before and after each candidate, when they decide."""
         from graphopt.observe import Tap

@@ -47,6 +47,8 @@ class Recover(Pass):
     recipe: Recipe = Recipe()
     """steps, batches and rates"""
 
+    trains: ClassVar[bool] = True
+
     def needs_calibration(self) -> bool:
         """It trains on the calibration text."""
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -12,6 +12,7 @@ from graphopt.select.options import (
     Amount,
     Compensate,
     Explicit,
+    Fluctuation,
     Global,
     Magnitude,
     PerLayer,
@@ -70,6 +71,10 @@ class WidthPass(Pass):
                 "two_budgets", "round says nothing about units that are listed", help=("remove round",)
             )
         return self
+
+    def reads(self) -> Literal["none", "rows", "whole"]:
+        """Energies are summed up by rows; the metric that needs absolute values takes whole weights."""
+        return "whole" if isinstance(self.score, Fluctuation) and self.score.metric == "wifn" else "rows"
 
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """The statistics of the score and of the compensation, for the views that the step covers."""
