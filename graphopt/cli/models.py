@@ -117,7 +117,12 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(min=1e-9, max=1.0, help="Draw from the smallest set of this mass.")
     ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=1e-9, help="Above 1, tokens that the text holds become less likely.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End where the new text holds this; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep keys and values of the text so far.")] = True,
     as_json: JSON = False,
 ) -> None:
     """Continue a text, printing it as it grows."""
@@ -126,6 +131,7 @@ def generate(
 
     from graphopt.diagnostics import PlanError
     from graphopt.runtime import generate as continue_prompt
+    from graphopt.runtime import with_cache
 
     file = Path(program.origin.path or "") / "tokenizer.json"
     if not program.origin.path or not file.is_file():
@@ -136,6 +142,13 @@ def generate(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
+    reason = None
+    if cache:
+        program, reason = with_cache(program)
+        if reason is not None:
+            typer.echo(f"no cache, so every token runs the whole text: {reason}", err=True)
+    elif any(spec.role == "cache" for spec in program.entry.inputs):
+        raise typer.BadParameter("the model has a cache, and runs with it", param_hint="--no-cache")
     written = _Writer(tokenizer, ids, silent=as_json)
     result = continue_prompt(
         program,
@@ -144,14 +157,19 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         eos=_end_tokens(program),
+        stop=tuple(stop or ()),
+        decode=tokenizer.decode,
         stream=lambda token: written.add(int(token[0])),
     )
     if as_json:
         tokens = result[0].tolist()
         text = tokenizer.decode(tokens)
-        show_json({"prompt": prompt, "text": text, "tokens": tokens, "new_tokens": len(tokens) - len(ids)})
+        cached = cache and reason is None
+        new = len(tokens) - len(ids)
+        show_json({"prompt": prompt, "text": text, "tokens": tokens, "new_tokens": new, "cached": cached})
     else:
         written.end()
 

@@ -1,0 +1,20 @@
+"""Giving a program its cache when it comes without one."""
+
+from __future__ import annotations
+
+from graphopt.ir.program import Program
+from graphopt.passkit import Context, PassRegistry
+from graphopt.passkit.edits import apply_edits
+from graphopt.views import Views
+
+
+def with_cache(program: Program) -> tuple[Program, str | None]:
+    """The program with a cache, and why not when it cannot have one (then it is the program itself)."""
+    if any(spec.role == "cache" for spec in program.entry.inputs):
+        return program, None
+    views = Views(program)
+    plan = PassRegistry().get("insert_cache")().plan(Context(views, tuple(range(len(views.blocks)))))
+    if not plan.edits:
+        declined = plan.declines[0]
+        return program, f"{declined.candidate}: {declined.reason}"
+    return apply_edits(program, views, plan.edits, "insert_cache"), None
