@@ -18,7 +18,13 @@ class Cache:
     """
 
     def __init__(
-        self, program: Program, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        program: Program,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        shared: Cache | None = None,
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs rows and slots, not {batch} and {capacity}")
@@ -28,7 +34,11 @@ class Cache:
             if spec.role == "cache":
                 heads, size = (n for n in spec.shape if isinstance(n, int))
                 kind = specialise(spec.dtype, model=program.dtype, target=dtype, device=device)
-                self.buffers[spec.name] = torch.zeros(batch, heads, capacity, size, dtype=kind, device=device)
+                self.buffers[spec.name] = (
+                    torch.zeros(batch, heads, capacity, size, dtype=kind, device=device)
+                    if shared is None
+                    else shared.buffers[spec.name]
+                )
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -21,17 +21,18 @@ class Decoder:
         self, program: Program, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.program, self.dtype, self.device = program, dtype, device
-        if not any(spec.role == "lengths" for spec in program.entry.inputs):
+        if not program.cached:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         with torch.inference_mode():
             self.lowered = Lowered(program, dtype, device)
 
-    def cache(self, batch: int, capacity: int, **context: torch.Tensor) -> Cache:
+    def cache(self, batch: int, capacity: int, *, shared: Cache | None = None, **context: torch.Tensor) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` entries; `context` are the program's other inputs.
 
-        What depends on the context alone (an encoder, its keys and values) is computed here, once.
+        What depends on the context alone (an encoder, its keys and values) is computed here, once. With `shared` it
+        lies on the buffers of another program's cache, of which this program is a part.
         """
-        cache = Cache(self.program, batch, capacity, self.dtype, self.device)
+        cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared)
         with torch.inference_mode():
             values = self.lowered.start(context, cache.buffers)
         cache.text, cache.other = self.lowered.text.fixed(values), self.lowered.other.fixed(values)

@@ -79,7 +79,7 @@ class Speculator:
         path, token = self.accept(tree, rows.logits)
         new = _until_stop([*(tree.token[node] for node in path[1:]), token][:most], stops)
         path = path[: len(new)]
-        cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor(path))
+        cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor([path]))
         if self.drafter is not None:
             self.drafter.observe(rows, path)
         event = Event(len(tree), len(new), len(path) - 1, time.perf_counter() - started, drafted - started)
@@ -90,10 +90,9 @@ class Speculator:
     def _run(self, cache: Cache, tree: Tree) -> Rows:
         """Results of the program for the nodes of a tree behind what the cache holds."""
         ids = torch.tensor([tree.token])
-        with torch.no_grad():
-            values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
+        values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
         outputs = {name: value[0] for name, value in zip(self.decoder.program.entry.outputs, values, strict=True)}
-        return Rows(tree.token, tree.parent, next(iter(outputs.values())), outputs)
+        return Rows(tree.token, tree.parent, next(iter(outputs.values())), outputs, cache)
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:

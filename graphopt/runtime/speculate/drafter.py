@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from graphopt.runtime.cache import Cache
 from graphopt.runtime.speculate.tree import Tree
 
 
@@ -15,13 +16,15 @@ from graphopt.runtime.speculate.tree import Tree
 class Rows:
     """What the program returned for N tokens that it read in one run.
 
-    `outputs` maps result names to rows `[N, ...]`; `logits` `[N, V]` is the first of them.
+    `outputs` maps result names to rows `[N, ...]`; `logits` `[N, V]` is the first of them. `cache` is what the program
+    wrote: a drafter may read its committed entries, and use the slots behind them between two steps.
     """
 
     token: tuple[int, ...]
     parent: tuple[int, ...]
     logits: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
+    cache: Cache
 
 
 class Drafter(Protocol):
