@@ -1,4 +1,4 @@
-"""The model class of graphopt checkpoints: a stateless graph under transformers' own loading and generate()."""
+"""The model class of graphopt checkpoints: a graph under transformers' own loading and generate()."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from graphopt.artifact.config import GraphoptConfig
+from graphopt.artifact.decoding import Decoding, Pack, PastKeyValues
 from graphopt.artifact.native import parse_graph, recast, write_graph_files
 from graphopt.artifact.native_names import CONSTANTS_FILE, GRAPH_FILE, TRAIL_FILE
 from graphopt.artifact.trail import trail_from_json, trail_to_json
@@ -28,7 +29,8 @@ _ROLES = {"tokens": "input_ids", "padding": "attention_mask", "positions": "posi
 class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A language model whose forward runs graph.txt; parameters have their checkpoint names, ties are one parameter.
 
-    There is no KV cache: generate() runs the whole sequence again for every token.
+    A graph with a cache (insert_cache) decodes with it; with any other, generate() runs the whole sequence again for
+    every token.
     """
 
     config_class = GraphoptConfig
@@ -50,7 +52,8 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         for name, weight in program.weights.weights.items():
             if weight.kind != "constant":
                 _register(self, name, weight.expr.shape, _wanted(weight.expr.dtype, program, config), weight.kind)
-        self.generation_config.use_cache = False
+        self._decoding = Decoding(program) if program.cached else None
+        self.generation_config.use_cache = self._decoding is not None
         self.post_init()
 
     @classmethod
@@ -86,43 +89,76 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        past_key_values: PastKeyValues | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Logits `[B, S, V]` from tokens `[B, S]`; with `labels` `[B, S]` the shifted cross entropy (-100 is ignored).
 
         Raises TypeError when an input that the graph needs is missing, ValueError for what the graph cannot give.
         """
-        for name in ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions"):
+        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise ValueError(f"{name} is not possible: the graph maps whole sequences of tokens to logits")
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        results = self._run(named | {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)})
-        logits = results["logits"] if "logits" in results else next(iter(results.values()))
+                raise ValueError(f"{name} is not possible: the graph maps tokens to logits")
+        if past_key_values is not None:
+            if self._decoding is None or not isinstance(past_key_values, PastKeyValues):
+                raise ValueError("past_key_values is not possible: the graph has no cache, or not one of this kind")
+            if input_ids is None:
+                raise TypeError("input_ids are missing")
+            decoder = self._decoding.decoder(self, self.dtype, self.device)
+            logits = self._decoding.step(past_key_values, decoder, input_ids, attention_mask)
+        else:
+            named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            extra = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            results = self._run(named | extra)
+            logits = results["logits"] if "logits" in results else next(iter(results.values()))
         loss = None
         if labels is not None:
             targets = labels[:, 1:].reshape(-1).to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutput(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The whole sequence at every step, with positions that do not count padding."""
+        """What the cache does not hold yet; without one the whole sequence, with positions that do not count padding."""
+        if past_key_values is not None:
+            new = input_ids[:, past_key_values.seen :]
+            return {"input_ids": new, "attention_mask": attention_mask, "past_key_values": past_key_values}
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give generate() an empty cache of ours, unless it is told to go without."""
+        if self._decoding is None or generation_config.use_cache is False or model_kwargs.get("past_key_values"):
+            return
+        rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
+        decoder = self._decoding.decoder(self, self.dtype, self.device)
+        model_kwargs["past_key_values"] = PastKeyValues(decoder.cache(rows, max_cache_length + 1))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every tensor comes from the checkpoint, and loading refuses when one is missing."""
 
     def _run(self, named: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         program, device = self._program, self.device
+        pack = None
+        if self._decoding is not None and named["input_ids"] is not None:
+            pack = Pack(named["attention_mask"], named["input_ids"])
+            named = named | {"input_ids": pack.pack(named["input_ids"]), "attention_mask": None, "position_ids": None}
         given: dict[str, torch.Tensor] = {}
         for spec in program.entry.inputs:
             value = named.get(_ROLES.get(spec.role, spec.name))
@@ -131,9 +167,11 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         mask = named["attention_mask"]
         if mask is not None and not any(spec.role == "padding" for spec in program.entry.inputs) and not mask.all():
             raise ValueError("this model's graph takes no attention mask, so padding cannot be hidden from it")
-        inputs = bind_inputs(program, given, device)
+        inputs = bind_inputs(program, given, device, self.dtype)
         values = [self._value(node.meta["weight"], device) for node in program.weight_nodes.values()]
         results = self._graph(device)(*values, *inputs)
+        if pack is not None:
+            results = [pack.unpack(result) if result.dim() == 3 else result for result in results]
         return dict(zip(program.entry.outputs, results, strict=True))
 
     def _graph(self, device: torch.device) -> Any:

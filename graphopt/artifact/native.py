@@ -105,7 +105,7 @@ def _entry(program: Program, name: str, *, finite: bool = True) -> Entry:
     expr = store[name].expr
     names = sources(expr)
     expect = getattr(store.source, "expect", None)
-    shared = getattr(store.source, "shared", frozenset())
+    shared: frozenset[str] = getattr(store.source, "shared", frozenset())
     return Entry(
         expr.shape,
         expr.dtype,
@@ -149,8 +149,8 @@ def token_ids(program: Program) -> dict[str, Any]:
 def config_of(program: Program) -> dict[str, Any]:
     """The config.json of a graphopt checkpoint."""
     source = program.origin.config or {}
-    attention = torch.ops.graphopt.attention.default
-    attentions = [node for node in program.graph.graph.nodes if node.target is attention]
+    cores = (torch.ops.graphopt.attention.default, torch.ops.graphopt.cached_attention.default)
+    attentions = [node for node in program.graph.graph.nodes if node.target in cores]
     config: dict[str, Any] = {key: source.get(key) for key in _PASSED_ON if source.get(key) is not None}
     config |= {
         "model_type": MODEL_TYPE,
@@ -158,7 +158,7 @@ def config_of(program: Program) -> dict[str, Any]:
         "graphopt_version": graphopt.__version__,
         "dtype": str(program.dtype).removeprefix("torch."),
         "is_encoder_decoder": False,
-        "use_cache": False,
+        "use_cache": program.cached,
         "tie_word_embeddings": False,
         "num_hidden_layers": len(attentions),
         "vocab_size": int(program.output_nodes[0].meta["val"].shape[-1]),

@@ -102,7 +102,7 @@ def _write(
 ) -> SaveReport:
     saved = program if stock is not None or dtype is None else native.recast(program, dtype)
     mark = fingerprint(saved)
-    bound = set(stock.binding.values()) if stock is not None else set(saved.weights)
+    bound: set[str | None] = set(stock.binding.values() if stock is not None else saved.weights)
     store = _reading_once(saved.weights, bound)
     saved = replace(saved, weights=store)
     entries = _stock_entries(saved, stock, dtype) if stock is not None else native.weight_entries(saved)
@@ -116,7 +116,7 @@ def _write(
             _write_config(stock.config, program, dtype, temporary)
         else:
             native.write_graph(saved, temporary)
-        _copy_companions(program, temporary, cached=stock is not None)
+        _copy_companions(program, temporary, cached=stock is not None or program.cached)
         (temporary / TRAIL_FILE).write_text(trail_to_json(program.trail))
         write_sharded(temporary, "model", entries, shard_size, journal)
         if also is not None:
@@ -205,7 +205,7 @@ def _write_config(config: Any, program: Program, dtype: torch.dtype | None, dire
 
 
 def _copy_companions(program: Program, directory: Path, *, cached: bool) -> None:
-    """Copy tokenizer and generation files; a graphopt checkpoint generates without a cache and says so."""
+    """Copy tokenizer and generation files; a checkpoint of a graph without a cache says that it generates without one."""
     origin = Path(program.origin.path) if program.origin.path is not None else None
     for name in COMPANIONS:
         if origin is not None and (origin / name).is_file() and not (directory / name).exists():

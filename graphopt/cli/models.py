@@ -147,7 +147,7 @@ def generate(
         program, reason = with_cache(program)
         if reason is not None:
             typer.echo(f"no cache, so every token runs the whole text: {reason}", err=True)
-    elif any(spec.role == "cache" for spec in program.entry.inputs):
+    elif program.cached:
         raise typer.BadParameter("the model has a cache, and runs with it", param_hint="--no-cache")
     written = _Writer(tokenizer, ids, silent=as_json)
     result = continue_prompt(

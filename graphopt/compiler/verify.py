@@ -73,7 +73,7 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
 
 def capacity_of(program: Program, sizes: dict[str, int]) -> dict[str, int]:
     """A capacity for the caches of a program, when it has any: room for the tokens and a few committed entries."""
-    return {"C": sizes["S"] + 5} if any(spec.role == "cache" for spec in program.entry.inputs) else {}
+    return {"C": sizes["S"] + 5} if program.cached else {}
 
 
 def vocabulary_of(program: Program) -> int:
@@ -146,7 +146,7 @@ def verify(
     for seed, sizes in enumerate(SHAPES):
         inputs = random_inputs(before, sizes, seed)
         with torch.no_grad():
-            for name, got, expected in zip(before.entry.outputs, ours(**inputs), theirs(**inputs), strict=True):
+            for name, got, expected in zip(after.entry.outputs, ours(**inputs), theirs(**inputs), strict=True):
                 errors.append(_compare(name, got, expected, inputs, before, allowed, sizes, where, step, compared))
     return {
         "level": "full",

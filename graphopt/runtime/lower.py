@@ -195,17 +195,13 @@ class _Writer:
         if node.target is cached_attention:
             head, rest = fx.node.map_arg((args[:5], args[8:]), self._value)
             return call(attend, (*head, self.slots, *rest))
-        if (
-            node.target is rms_norm_op
-            and run.dtype in _WIDE
-            and run.program.dtype in (run.dtype, *_WIDE, torch.bfloat16)
-        ):
+        if node.target is rms_norm_op and run.dtype in _WIDE:
             x, weight, eps, _ = args
             name = f"eps {eps} {x.meta['val'].dtype}"  # type: ignore[union-attr]
             shift = self._named(name, lambda: torch.tensor(eps, dtype=run.dtype, device=run.device))
             share = 1.0 / x.meta["val"].shape[-1]  # type: ignore[union-attr]
             return call(rms_norm, (*fx.node.map_arg((x, weight), self._value), shift, share))
-        if node.target is rotary and args[2] in self.known and _whole(node):
+        if node.target is rotary and run.dtype in _WIDE and args[2] in self.known and _whole(node):
             x, cos, sin, _ = args
             name = run.signed.setdefault(sin, f"signed {sin.name}")  # type: ignore[arg-type,union-attr]
             half = cos.meta["val"].shape[-1] // 2  # type: ignore[union-attr]

@@ -58,7 +58,7 @@ def _of_input(node: fx.Node, role: str | None) -> Stage:
         return Stage.LOAD
     if role == "positions":
         return Stage.PLACE
-    return Stage.STEP if role in ("tokens", "lengths", "ancestors", "cache") else Stage.START
+    return Stage.START if role == "values" else Stage.STEP
 
 
 def tables(program: Program, stage: dict[fx.Node, Stage]) -> list[fx.Node]:

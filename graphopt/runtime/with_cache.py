@@ -10,7 +10,7 @@ from graphopt.views import Views
 
 def with_cache(program: Program) -> tuple[Program, str | None]:
     """The program with a cache, and why not when it cannot have one (then it is the program itself)."""
-    if any(spec.role == "cache" for spec in program.entry.inputs):
+    if program.cached:
         return program, None
     views = Views(program)
     plan = PassRegistry().get("insert_cache")().plan(Context(views, tuple(range(len(views.blocks)))))

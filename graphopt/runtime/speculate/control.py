@@ -50,19 +50,20 @@ class Fixed:
 class Goodput:
     """Takes the budget that emits most tokens a second (after SmartSpec, arXiv 2406.14066; the measured rates are ours).
 
-    Seconds and tokens of each budget are moving averages over its own steps. The best budget runs; every `period`
-    steps each other budget gets one step, so that the choice follows the text and the machine. Budget 1 is always
-    among them: plain decoding costs what it costs without speculation.
+    Seconds and tokens of each budget are moving averages over its own steps. The best budget runs; after `period` steps
+    each other budget gets one step again, so that the choice follows text and machine, and as long as the choice
+    stays the period doubles, up to 16 times. Budget 1 is always among them: plain decoding then costs what it costs
+    without speculation. What is learnt stays for the next sequence.
     """
 
-    def __init__(self, budgets: tuple[int, ...], period: int = 64, memory: float = 0.9, trial: int = 4) -> None:
+    def __init__(self, budgets: tuple[int, ...], period: int = 64, memory: float = 0.9, trial: int = 2) -> None:
         self.budgets = tuple(dict.fromkeys((1, *budgets)))
         self.period, self.memory = period, memory
         self._seconds = dict.fromkeys(self.budgets, 0.0)
         self._tokens = dict.fromkeys(self.budgets, 0.0)
         self._queue = [budget for budget in self.budgets for _ in range(trial)]
-        self._now = self.budgets[0]
-        self._steps = 0
+        self._wait = self._left = period
+        self._chosen = self._now = 1
 
     @property
     def most(self) -> int:
@@ -71,11 +72,16 @@ class Goodput:
 
     def budget(self) -> int:
         """The budget under trial, or the best so far."""
-        if not self._queue and self._steps and self._steps % self.period == 0:
-            best = self.best()
-            self._queue = [budget for budget in self.budgets if budget != best]
-        self._now = self._queue.pop(0) if self._queue else self.best()
-        self._steps += 1
+        if self._queue:
+            self._now = self._queue.pop(0)
+            return self._now
+        self._now = self.best()
+        if self._now != self._chosen:
+            self._chosen, self._wait = self._now, self.period
+        self._left -= 1
+        if self._left < 1:
+            self._queue = [budget for budget in self.budgets if budget != self._now]
+            self._wait = self._left = min(2 * self._wait, 16 * self.period)
         return self._now
 
     def best(self) -> int:
