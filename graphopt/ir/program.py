@@ -105,6 +105,11 @@ class Program:
         output = next(iter(reversed(self.graph.graph.nodes)))
         return tuple(output.args[0])  # type: ignore[arg-type]
 
+    @property
+    def cached(self) -> bool:
+        """Whether the program decodes with a cache of keys and values."""
+        return any(spec.role == "cache" for spec in self.entry.inputs)
+
     def module(
         self, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> Callable[..., tuple[torch.Tensor, ...]]:
