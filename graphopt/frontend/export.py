@@ -51,6 +51,7 @@ def capture_module(
     weights: dict[str, Weight] = {}
     graph_module = exported.graph_module
     graph = graph_module.graph
+    _count_users(graph)
     by_placeholder = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     first: dict[str, fx.Node] = {}
     values = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
@@ -98,6 +99,15 @@ def capture_module(
     propagate(clean, store, dims, entry)
     dtype = _model_dtype(store)
     return Program(clean, store, dims, entry, dtype, origin=origin or Origin(type(module).__name__))
+
+
+def _count_users(graph: fx.Graph) -> None:
+    """Set every node's users anew: torch.export leaves out users where it has merged equal casts."""
+    for node in graph.nodes:
+        node.users.clear()
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users[node] = None
 
 
 def _valueless(tensor: torch.Tensor) -> bool:

@@ -147,8 +147,11 @@ def _is_empty(piece: fx.Node, dim: int) -> bool:
 
 
 def simplify_calls(graph: fx.Graph) -> None:
-    """Say in one way what models say in several: x @ w.T is a linear, an index list of neighbours is a slice."""
+    """Say in one way what models say in several: x @ w.T is a linear, a view a reshape, a list of neighbours a slice."""
     for node in list(graph.nodes):
+        if is_op(node, aten.view, aten._unsafe_view) and node.target is not aten.view.dtype:
+            # What rules put before a view may lie in memory in another order.
+            node.target = aten.reshape.default
         if is_op(node, aten.matmul, aten.mm) and is_op(node.args[1], aten.numpy_T, aten.t, aten.transpose):
             weight = node.args[1].args[0]
             if "weight" in weight.meta and weight.meta["val"].dim() == 2:

@@ -65,6 +65,14 @@ def capture_config(config: Any, *, dtype: torch.dtype | None = None, dims: tuple
     return _capture(config, raw, dtype, None, Origin(config.model_type, raw), dims)
 
 
+def _without_cache(config: Any) -> None:
+    config.use_cache = False
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None and hasattr(part, "sub_configs"):
+            _without_cache(part)
+
+
 def _build(factory: Any, config: Any, dtype: torch.dtype) -> Any:
     """Build with our attention function; classes that keep their own attention table get sdpa, else eager.
 
@@ -135,7 +143,7 @@ def build_without_weights(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Mod
     factory = cls._from_config if cls is not None else transformers.AutoModelForCausalLM.from_config
     _register_attention()
     # Gradient checkpointing and caches change the graph; capture is stateless by design.
-    config.use_cache = False
+    _without_cache(config)
     with _parameters_on_meta():
         model = _build(factory, config, dtype)
     model.eval()

@@ -155,7 +155,7 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
         keys = _untranspose(k, call)
         if rank == 3:
             batch, heads = found.view.args[1][:2]  # type: ignore[union-attr,index,misc]
-            q, keys, v = (_four(x, batch, heads, call) for x in (q, keys, v))
+            q, keys, v = (x if x.meta["val"].dim() == 4 else _four(x, batch, heads, call) for x in (q, keys, v))
         elif heads_repeated(keys) is not None and heads_repeated(v) is not None:
             keys, v = heads_repeated(keys), heads_repeated(v)
         mask: fx.Node | None = None
@@ -163,6 +163,8 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
             part = shown if positive else call(aten.logical_not.default, shown)
             mask = part if mask is None else call(aten.logical_and.default, mask, part)
         for bias in found.biases:
+            if is_op(bias, aten.zeros):
+                continue
             bias = _four(bias, batch, heads, call) if rank == 3 and bias.meta["val"].dim() == 3 else bias
             shown = _visibility(bias)
             if shown is not None and mask is None:
@@ -177,7 +179,7 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
             torch.ops.graphopt.attention.default,
             q, keys, v, mask, None, found.scale, False, None, found.softcap,
         )  # fmt: skip
-        if rank == 3:
+        if product.meta["val"].dim() == 3:
             sizes = [_size(graph, product, i, call) for i in range(3)]
             result = call(aten.reshape.default, result, sizes)
     product.replace_all_uses_with(result)

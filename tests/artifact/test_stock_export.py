@@ -63,7 +63,7 @@ def test_fewer_neurons(captured: Capture, tmp_path: Path) -> None:
 def test_an_inner_width_that_the_config_leaves_to_its_default(captured: Capture, tmp_path: Path) -> None:
     program = copied(captured("gpt2"))
     for node in program.graph.graph.nodes:
-        if node.target is torch.ops.aten.view.default and node.args[1][-1] == 128:
+        if node.target is torch.ops.aten.reshape.default and node.args[1][-1] == 128:
             node.args = (node.args[0], [*node.args[1][:-1], 100])
     cuts = (1, 100, "c_fc.weight"), (0, 100, "c_fc.bias mlp.c_proj.weight")
     assert check_stock(taken(program, *cuts), tmp_path / "out").n_inner == 100
