@@ -6,7 +6,7 @@ code, drops weights nobody reads, re-propagates shapes and returns a new Program
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Rewriter:
         """what the edits of one rewrite share, by name"""
         self._inputs = {spec.name: spec for spec in program.entry.inputs}
         self._dims = list(program.dims)
+        self._outputs = list(program.entry.outputs)
 
     def node(self, key: fx.Node | str) -> fx.Node:
         """Today's node for a node (or its name) of the original program."""
@@ -120,6 +121,21 @@ class Rewriter:
         """Today's placeholder of an input."""
         return next(node for node in self.graph.nodes if node.meta.get("input") == name)
 
+    def add_output(self, name: str, node: fx.Node) -> None:
+        """Return a node of today as a further result, last of all."""
+        if name in self._outputs:
+            raise PlanError.of("output_exists", f"the program already has a result {name!r}")
+        self._outputs.append(name)
+        output = next(iter(reversed(self.graph.nodes)))
+        output.args = ((*output.args[0], node),)
+
+    def only_outputs(self, names: Iterable[str]) -> None:
+        """Return these results alone, in their order."""
+        output = next(iter(reversed(self.graph.nodes)))
+        held = dict(zip(self._outputs, output.args[0], strict=True))
+        self._outputs = list(names)
+        output.args = (tuple(held[name] for name in self._outputs),)
+
     def weight_node(self, name: str) -> fx.Node:
         """Today's placeholder of a weight."""
         return next(node for node in self.graph.nodes if node.meta.get("weight") == name)
@@ -134,7 +150,8 @@ class Rewriter:
         weights = self.weights.only(live)
         if inputs is None:
             inputs = tuple(self._inputs[node.meta["input"]] for node in self.graph.nodes if "input" in node.meta)
-        entry, dims = replace(self.program.entry, inputs=inputs), tuple(self._dims)
+        entry = replace(self.program.entry, inputs=inputs, outputs=tuple(self._outputs))
+        dims = tuple(self._dims)
         propagate(module, weights, dims, entry)
         return replace(self.program, graph=module, weights=weights, entry=entry, dims=dims)
 

@@ -54,6 +54,9 @@ def _usual(
     if spec.role == "positions":
         steps = torch.arange(count, device=ids.device).expand(batch, -1)
         return steps if lengths is None else lengths.to(ids.device)[:, None] + steps
+    if spec.role == "ahead":
+        further = int(spec.shape[-1])
+        return torch.nn.functional.pad(ids, (0, further)).unfold(1, further, 1)[:, 1:]
     if spec.role == "lengths":
         return torch.zeros(batch, dtype=torch.int64)
     if spec.role == "ancestors":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "cleanup": "graphopt.passes.simplify.cleanup:Cleanup",
     "insert_cache": "graphopt.passes.cache.insert_cache:InsertCache",
+    "insert_heads": "graphopt.passes.speculative.insert_heads:InsertHeads",
     "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",

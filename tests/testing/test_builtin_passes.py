@@ -20,6 +20,7 @@ EXAMPLES = 8
 PLAIN = {
     "cleanup": {},
     "insert_cache": {},
+    "insert_heads": {"heads": 2},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
     "prune_hidden": {"keep": "50%"},
     "prune_neurons": {"keep": "40%"},

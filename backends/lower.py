@@ -1,0 +1,157 @@
+"""Lowering: an aten graph becomes a callable of generated kernels and library calls. Read this file first."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.backends import loops
+from graphopt.backends.fuse import Group, Partition, impure
+from graphopt.backends.load import callable_of
+from graphopt.backends.report import GroupReport
+from graphopt.diagnostics import PlanError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU."""
+
+    interpret: bool = False
+    cpu: str = "eager"
+    backward: str = "eager"
+    report: Any = None
+    spec: Any = None
+    target: str | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any] | None) -> Options:
+        """Checked options; raises PlanError for unknown names and values."""
+        given = dict(options or {})
+        known = [each.name for each in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise PlanError.of(
+                "unknown_option", f"unknown option {unknown[0]!r}", help=(f"the options are {', '.join(known)}",)
+            )
+        made = cls(**given)
+        for name, allowed in (("cpu", ("eager", "inductor")), ("backward", ("eager", "inductor"))):
+            if getattr(made, name) not in allowed:
+                raise PlanError.of(
+                    "bad_option", f"{name} is {getattr(made, name)!r}", help=(f"say {' or '.join(allowed)}",)
+                )
+        return made
+
+    def kernels_on(self, target: str) -> bool:
+        """Whether a graph for `target` becomes generated kernels."""
+        return self.interpret or target != "cpu"
+
+
+@dataclass
+class Lowered:
+    """A lowered graph: call it with a list of arguments in graph order."""
+
+    run: Callable[..., Any]
+    target: str
+    mode: str
+    backward: str | None = None
+    groups: list[Any] = field(default_factory=list)
+    library: dict[str, int] = field(default_factory=dict)
+    graph: fx.GraphModule | None = None
+    _boxed_call: bool = True
+
+    def __call__(self, arguments: list[Any]) -> Any:
+        """Run; the list is emptied, so that arguments are freed as they are used."""
+        values = list(arguments)
+        arguments.clear()
+        return self.run(*values)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data: what runs as which kernel, and what as library calls."""
+        return {
+            "target": self.target,
+            "mode": self.mode,
+            "backward": self.backward,
+            "groups": [group.describe() for group in self.groups],
+            "library": dict(sorted(self.library.items())),
+        }
+
+
+def lower_graph(graph: fx.GraphModule, target: str, options: Options) -> Lowered:
+    """Lower a functional aten graph whose nodes carry fake tensors in `meta["val"]`."""
+    if not options.kernels_on(target):
+        if options.cpu == "inductor":
+            from torch._inductor.compile_fx import compile_fx_inner
+
+            example = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            compiled = compile_fx_inner(graph, example)
+            return Lowered(lambda *a: compiled(list(a)), target, "Inductor's C++", library=library_calls(graph))
+        return Lowered(graph.forward, target, "eager library calls", library=library_calls(graph))
+    parts = Partition(graph.graph, loops.build)
+    lowered = fx.GraphModule(graph, rebuild(graph.graph, parts, options.interpret))
+    mode = "Triton kernels, interpreted" if options.interpret else "Triton kernels"
+    groups = [GroupReport.of(group) for group in parts.groups]
+    return Lowered(lowered.forward, target, mode, groups=groups, library=library_calls(lowered), graph=lowered)
+
+
+def rebuild(graph: fx.Graph, parts: Partition, interpret: bool) -> fx.Graph:
+    """The graph with each group as one call of its kernel; what writes or draws random numbers keeps its place."""
+    made = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+
+    def emit(node: fx.Node) -> fx.Node:
+        if node in mapping:
+            return mapping[node]
+        group = parts.home.get(node)
+        if group is not None:
+            emit_group(group)
+            return mapping[node]
+        copy = made.node_copy(node, emit)
+        mapping[node] = copy
+        return copy
+
+    def emit_group(group: Group) -> None:
+        kernel = group.kernel
+        if kernel is None:
+            raise AssertionError("a group without a kernel was kept")
+        arguments = [emit(source) for source in kernel.inputs]
+        for scalar in kernel.scalars:
+            if isinstance(scalar, fx.Node):
+                arguments.append(emit(scalar))
+            else:
+                arguments.append(made.call_function(torch.ops.aten.sym_size.int, (emit(scalar[0]), scalar[1])))
+        run = callable_of(kernel, interpret)
+        call = made.call_function(run, tuple(arguments))
+        call.name = f"{kernel.template}_{kernel.digest[:6]}_{len(made.nodes)}"
+        for position, output in enumerate(kernel.outputs):
+            mapping[output] = call
+            if len(kernel.outputs) > 1:
+                mapping[output] = made.call_function(operator.getitem, (call, position))
+
+    for node in graph.nodes:
+        if impure(node):
+            for group in parts.groups:
+                if group.last < parts.order[node]:
+                    emit_group_once(group, mapping, emit)
+        if node.op in ("placeholder", "output", "get_attr") or impure(node):
+            emit(node)
+    return made
+
+
+def emit_group_once(group: Group, mapping: dict[fx.Node, fx.Node], emit: Callable[[fx.Node], fx.Node]) -> None:
+    """Emit a group that has not been emitted."""
+    if group.kernel is not None and group.kernel.outputs[0] not in mapping:
+        emit(group.kernel.outputs[0])
+
+
+def library_calls(graph: fx.GraphModule) -> dict[str, int]:
+    """How often each op is called."""
+    counts: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return counts

@@ -1,0 +1,161 @@
+"""torch's op database through `torch.compile(backend=...)` on a CPU: every sample beside eager, op by op.
+
+python benchmarks/op_db.py --backend graphopt --dtype float32 --out out/op_db.json
+
+An op is `ok` when all its samples agree with eager; `wrong` when a result differs; `backend_error` when the backend fails
+where `backend="eager"` captures the op; `not_capturable` when that fails too; `random`
+when eager differs from itself or returns what is not initialised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@contextmanager
+def limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError when the body takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def samples_of(op: Any, dtype: torch.dtype, count: int) -> list[Any]:
+    """The first samples of an op, from a fixed seed."""
+    torch.manual_seed(0)
+    found = []
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=False):
+        found.append(sample)
+        if len(found) == count:
+            break
+    return found
+
+
+def call(op: Any, sample: Any, wrap: Callable[..., Any] = lambda f: f) -> Any:
+    """Run one sample on clones, seeded, through `wrap`."""
+
+    def function(value: Any, args: Any, kwargs: Any) -> Any:
+        return op.op(value, *args, **kwargs)
+
+    copy = pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (sample.input, sample.args, sample.kwargs)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return wrap(function)(*copy)
+
+
+def agree(got: Any, expected: Any) -> bool:
+    """Whether two results agree as torch's own testing module sees it."""
+    try:
+        torch.testing.assert_close(got, expected, equal_nan=True, check_stride=False)
+    except (AssertionError, TypeError, ValueError):
+        return False
+    return True
+
+
+def judge(op: Any, dtype: torch.dtype, backend: str, options: dict[str, Any] | None, count: int) -> tuple[str, str]:
+    """The class of one op and a line that says why."""
+    try:
+        samples = samples_of(op, dtype, count)
+    except Exception as error:
+        return "no_samples", _line(error)
+    if not samples:
+        return "no_samples", ""
+    for sample in samples:
+        try:
+            expected, again = call(op, sample), call(op, sample)
+        except Exception as error:
+            return "no_samples", _line(error)
+        torch._dynamo.reset()
+        try:
+            got = call(op, sample, lambda f: torch.compile(f, backend=backend, options=options))
+        except Exception as error:
+            torch._dynamo.reset()
+            try:
+                call(op, sample, lambda f: torch.compile(f, backend="eager"))
+            except Exception as cause:
+                return "not_capturable", _line(cause)
+            return "backend_error", _line(error)
+        if not agree(expected, again) or "empty" in op.name:
+            # What is not initialised may hold anything, the same twice included.
+            return "random", ""
+        if not agree(got, expected):
+            return "wrong", sample.summary() if hasattr(sample, "summary") else ""
+    return "ok", ""
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def main() -> None:
+    """Run the whole database, or the ops named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="graphopt")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--interpret", action="store_true", help="run generated kernels under Triton's interpreter")
+    parser.add_argument("--seconds", type=int, default=60, help="limit for one op")
+    parser.add_argument("--ops", nargs="*", help="only these")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch._logging.set_logs(all=50)
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    dtype = getattr(torch, arguments.dtype)
+    options = {"interpret": True} if arguments.interpret else None
+    found: dict[str, tuple[str, str]] = {}
+    started = time.perf_counter()
+    for op in op_db:
+        name = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
+        if (arguments.ops and name not in arguments.ops) or dtype not in op.supported_dtypes("cpu"):
+            continue
+        try:
+            with limit(arguments.seconds):
+                found[name] = judge(op, dtype, arguments.backend, options, arguments.samples)
+        except TimeoutError as error:
+            found[name] = ("timeout", str(error))
+        if found[name][0] in ("wrong", "backend_error", "timeout"):
+            print(f"{name}: {found[name][0]} {found[name][1]}", flush=True)
+    counts = dict(Counter(kind for kind, _ in found.values()))
+    result = {
+        "backend": arguments.backend,
+        "options": options,
+        "dtype": arguments.dtype,
+        "samples": arguments.samples,
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - started, 1),
+        "counts": counts,
+        "not_ok": {name: list(each) for name, each in found.items() if each[0] != "ok"},
+    }
+    print(json.dumps({key: result[key] for key in ("backend", "dtype", "seconds", "counts")}))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

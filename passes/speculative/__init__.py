@@ -1,0 +1,1 @@
+"""Passes that add what drafts tokens, and train it."""
