@@ -1,0 +1,138 @@
+"""Generation with a cache: the tokens of transformers' generate, of the stateless loop, and what the arguments say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import transformers
+
+from graphopt.artifact import load, save
+from graphopt.frontend import capture_model
+from graphopt.runtime import Decoder, generate, with_cache
+from tests import tiny
+
+FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "bloom", "gptj", "opt", "neox", "falcon", "qwen3", "olmo2")
+NEW = 10
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of unequal length, padded on the left."""
+    ids, mask = tiny.tokens(3, 9, seed=4), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4], mask[2, :7] = 0, 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def decoder_of(model: Any) -> Decoder:
+    """A decoder of a transformers model, in its own dtype."""
+    program, reason = with_cache(capture_model(model))
+    assert reason is None
+    return Decoder(program, torch.float32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    model = tiny.make_model(name)
+    decoder = decoder_of(model)
+    ids, mask = prompts()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW}
+    alone = model.generate(ids[:1], attention_mask=mask[:1], **options)
+    assert torch.equal(generate(decoder, ids[:1], max_new_tokens=NEW), alone)
+    theirs = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(generate(decoder, ids, padding=mask, max_new_tokens=NEW), theirs)
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[Any, Decoder]:
+    """One model and its decoder."""
+    model = tiny.make_model("llama")
+    return model, decoder_of(model)
+
+
+def test_the_repetition_penalty_is_that_of_transformers(llama: tuple[Any, Decoder]) -> None:
+    model, decoder = llama
+    ids = tiny.tokens(2, 6)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW}
+    plain = generate(decoder, ids, max_new_tokens=NEW)
+    for penalty in (1.3, 3.0):
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=penalty, **options)
+        ours = generate(decoder, ids, max_new_tokens=NEW, repetition_penalty=penalty)
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, plain)
+
+
+def test_a_seed_decides_and_the_reference_draws_the_same(llama: tuple[Any, Decoder]) -> None:
+    _, decoder = llama
+    ids, mask = prompts()
+    options: dict[str, Any] = {"padding": mask, "max_new_tokens": NEW, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    drawn = [generate(decoder, ids, seed=seed, **options) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(generate(tiny.program("llama"), ids, seed=1, **options), drawn[0])
+
+
+def test_processors_see_text_and_logits_in_turn(llama: tuple[Any, Decoder]) -> None:
+    _, decoder = llama
+    ids, lengths = tiny.tokens(2, 5), []
+
+    def forbid(text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        lengths.append(text.shape[1])
+        return logits.index_fill(1, torch.arange(10, 96), -torch.inf)
+
+    def prefer(text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(96) == 50, logits + 1e9, logits)
+
+    new = generate(decoder, ids, max_new_tokens=4, processors=(forbid, prefer))[:, 5:]
+    assert bool((new < 10).all())
+    assert lengths == [5, 6, 7, 8]
+
+
+def test_a_row_stops_at_its_stop_string(llama: tuple[Any, Decoder]) -> None:
+    _, decoder = llama
+    ids = tiny.tokens(1, 5)
+    free = generate(decoder, ids, max_new_tokens=NEW)[0, 5:].tolist()
+    word = f"<{free[2]}><{free[3]}>"
+    shown: list[int] = []
+    stopped = generate(
+        decoder, ids, max_new_tokens=NEW, stop=("none", word), decode=lambda t: "".join(f"<{i}>" for i in t),
+        stream=lambda token: shown.append(int(token[0])),
+    )  # fmt: skip
+    assert stopped[0, 5:].tolist() == free[:4] == shown
+    with pytest.raises(ValueError, match="decode"):
+        generate(decoder, ids, max_new_tokens=1, stop=("x",))
+
+
+def test_transformers_generate_uses_the_cache_of_our_checkpoint(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "stock", "llama_mha")
+    program, _ = with_cache(load(tmp_path / "stock"))
+    assert save(program, tmp_path / "ours").format == "graphopt"
+    ours, stock = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ours", "stock"))
+    ids, mask = prompts()
+    steps: list[int] = []
+    ours.register_forward_pre_hook(lambda _, args, given: steps.append(given["input_ids"].shape[1]), with_kwargs=True)
+    for options in (
+        {"do_sample": False},
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": True},
+        {"use_cache": False},
+    ):
+        found = []
+        for model in (ours, stock):
+            torch.manual_seed(3)
+            found.append(model.generate(ids, attention_mask=mask, max_new_tokens=7, **options))
+        assert torch.equal(*found), options
+    assert steps[:3] == [9, 1, 1]
+    assert torch.equal(load(tmp_path / "ours").module()(input_ids=ids)[0], program.module()(input_ids=ids)[0])
+    with torch.no_grad():
+        ours.get_parameter("model.norm.weight").mul_(-1)
+        stock.model.norm.weight.mul_(-1)
+    again = [m.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (ours, stock)]
+    assert torch.equal(*again)
+    ours(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
