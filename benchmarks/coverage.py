@@ -68,14 +68,33 @@ def run_class(auto: str, model_type: str, surgeries: bool = True) -> dict[str, A
     except NotBuiltError as error:
         return {**row, "builds": str(error)[:300]}
     row |= {"builds": "ok", "recipe": recipe, "exist": count_parts(model, sample_inputs(model))}
-    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            program, row["seconds"], row["disk"] = _capture(model, directory)
+        except GraphoptError as error:
+            return {**row, "captures": _short(error)}
+        row |= {"captures": "ok", "dims": _fixed(program), "equal": _equal(model, program)}
+        return row | _views_and_cuts(program, surgeries)
+
+
+def _capture(model: Any, directory: str) -> tuple[Program, float, str]:
+    """The model saved as transformers does and captured from there; where that fails, captured from memory."""
+    reason = "ok"
     try:
-        program = capture_model(model)
-    except GraphoptError as error:
-        return {**row, "captures": _short(error)}
-    row |= {"captures": "ok", "seconds": round(time.perf_counter() - started, 2)}
-    row["dims"] = _fixed(program)
-    row["equal"] = _equal(model, program)
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(directory)
+        started = time.perf_counter()
+        return capture_pretrained(directory), round(time.perf_counter() - started, 2), reason
+    except Exception as error:
+        if isinstance(error, GraphoptError) and error.diagnostics[0].code == "not_exportable":
+            raise
+        reason = _short(error)
+    started = time.perf_counter()
+    return capture_model(model), round(time.perf_counter() - started, 2), reason
+
+
+def _views_and_cuts(program: Program, surgeries: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     views = Views(program)
     row["found"] = {
         "blocks": len(views.blocks),
@@ -83,7 +102,6 @@ def run_class(auto: str, model_type: str, surgeries: bool = True) -> dict[str, A
         "feed_forwards": len(views.feed_forwards),
         "unseen": [f"{u.what}: {u.reason}" for u in views.unseen][:6],
     }
-    row["disk"] = _from_disk(model)
     if surgeries:
         row["surgeries"] = {name: _surgery(program, step) for name, step in SURGERIES.items()}
     return row
@@ -138,17 +156,6 @@ def _equal(model: Any, program: Program) -> str:
         if not compared:
             return "no output to compare"
     return "ok"
-
-
-def _from_disk(model: Any) -> str:
-    """Save the model as transformers does, capture the directory and compare."""
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            model.config.architectures = [type(model).__name__]
-            model.save_pretrained(directory)
-            return _equal(model, capture_pretrained(directory))
-        except Exception as error:
-            return _short(error)
 
 
 def _surgery(program: Program, step: dict[str, Any]) -> str:

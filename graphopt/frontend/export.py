@@ -119,8 +119,8 @@ def _export(
 ) -> tuple[Any, tuple[Dim, ...]]:
     """The exported program and the dimensions it holds for: those asked for, or the widest that export allows.
 
-    When export refuses a range, its suggestion is taken; else its conditions are deferred and evaluated; at last the
-    dimensions that the model specialises are fixed at their hints.
+    When export refuses a range, its suggestion is taken, a size included; else its conditions are deferred and evaluated;
+    at last the dimensions that it complains of are fixed at their hints.
     """
     deferred = False
     for _ in range(2 * len(dims) + 3):
@@ -128,11 +128,10 @@ def _export(
             exported = _export_once(module, specs, dims, device, deferred)
         except Exception as error:
             if is_constraint(error):
-                narrower = suggested(error, dims)
+                narrower = suggested(error, dims) or fixed(error, dims, said=not deferred)
                 if narrower is None and not deferred:
                     deferred = True
                     continue
-                narrower = narrower or fixed(error, dims)
                 if narrower is not None:
                     dims, deferred = narrower, deferred and any(dim.low < dim.high for dim in narrower)
                     continue

@@ -33,11 +33,14 @@ def suggested(error: BaseException, dims: tuple[Dim, ...]) -> tuple[Dim, ...] | 
     return None if tuple(made) == dims else tuple(made)
 
 
-def fixed(error: BaseException, dims: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
-    """The dimensions with those fixed at their hints that torch.export says a model specialises, or None."""
+def fixed(error: BaseException, dims: tuple[Dim, ...], *, said: bool) -> tuple[Dim, ...] | None:
+    """The dimensions with those fixed at their hints that a model specialises, or None.
+
+    With `said` only those for which torch.export names the size, else all that it complains of.
+    """
     text = str(error)
     names = {m[1] for m in _FIXED.finditer(text)} & {dim.name for dim in dims if dim.low < dim.high}
-    if not names:
+    if not names and not said:
         named = re.search(r"(?:Constraints violated|unexpectedly required) \(([\w, ]+)\)", text)
         given = {name.strip() for name in named[1].split(",")} if named else set()
         names = given & {dim.name for dim in dims if dim.low < dim.high}
