@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
@@ -403,11 +403,14 @@ def _classify(mask_function: Any) -> tuple[bool, int | None] | None:
     zero = None
 
     def row(query: int, keys: torch.Tensor) -> torch.Tensor:
-        seen = mask_function(zero, zero, torch.tensor(query), keys)
-        return torch.as_tensor(seen).expand(keys.shape)
+        seen = torch.as_tensor(mask_function(zero, zero, torch.tensor(query), keys))
+        if isinstance(seen, FakeTensor):
+            raise TypeError("the mask depends on traced values")
+        return seen.expand(keys.shape)
 
     with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        zero = torch.tensor(0)
+        # One axis, since a traced table that is indexed by a number would ask for that number's value.
+        zero = torch.zeros(1, dtype=torch.int64)
         try:
             keys = torch.arange(2 * _PROBE_ROW)
             far = row(_PROBE_ROW, keys)
