@@ -71,6 +71,8 @@ def _fold_pair(block: Tensor, cost: Tensor | None, members: Tensor, a: int, b: i
     scale = torch.ones(len(members), dtype=torch.float64)
     if cost is not None:
         scale = _positive(cost[:, a, a] + cost[:, b, b]).sqrt()
+        # The cost's own size must not move from keys into queries: training and small formats need both near one.
+        scale = scale / scale.log().mean().exp()
         covariance = covariance * (scale[:, None] * scale[None, :])
     lead = _leading(covariance, 1)[:, 0]
     total = (lead / scale).sum()
@@ -95,7 +97,9 @@ def _fold_free(block: Tensor, cost: Tensor | None, members: Tensor, free: Tensor
     gram = block[:, free][:, :, :, free].reshape(count * size, count * size)
     root = inverse = torch.eye(size, dtype=torch.float64).expand(count, size, size)
     if cost is not None:
-        root, inverse = _roots(cost[:, free][:, :, free])
+        costs = cost[:, free][:, :, free]
+        typical = costs.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-300)
+        root, inverse = _roots(costs / typical)
         whole = torch.block_diag(*root)
         gram = whole @ gram @ whole
     basis = _leading(gram, size).reshape(count, size, size)

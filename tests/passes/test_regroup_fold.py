@@ -126,3 +126,17 @@ def test_copies_find_each_other() -> None:
     mixed = x[:, [0, 1, 2, 1, 2, 0]].reshape(50, 36)
     losses = pair_losses(mixed.T @ mixed, 6, KINDS["half"], None, True)
     assert similar_groups(losses, 3) == ((0, 5), (1, 3), (2, 4))
+
+
+@given(st.sampled_from(sorted(KINDS)), st.integers(0, 10**6))
+def test_the_size_of_a_cost_moves_nothing_from_keys_into_queries(kind: str, seed: int) -> None:
+    """Found by training after the fold: keys 10^4 times as large as queries, which no learning rate fits."""
+    products, groups, cost = gram(4, seed), order_groups(4, 2), costs(4, seed)
+    small, large = (svd_fold(products, 6, groups, KINDS[kind], cost * size) for size in (1.0, 1e8))
+    torch.testing.assert_close(small.into, large.into, rtol=1e-6, atol=1e-6 * float(small.into.abs().max()))
+    torch.testing.assert_close(small.back, large.back, rtol=1e-6, atol=1e-6 * float(small.back.abs().max()))
+    if kind in ("half", "interleaved"):
+        # Equal heads that cost the same are read back as they are.
+        alike = gram(1, seed).repeat(4, 4)
+        fold = svd_fold(alike, 6, groups, KINDS[kind], cost[:1].repeat(4, 1, 1) * 1e8)
+        assert float((fold.back - torch.eye(6)).abs().max()) < 1e-9
