@@ -236,6 +236,7 @@ def _rebuild(graph: fx.Graph) -> fx.GraphModule:
     for node in ordered:
         if node.op == "placeholder" and "weight" in node.meta:
             copy = clean.placeholder(node.meta["weight"].replace(".", "_"))
+            copy.target = copy.name  # `a.b` and `a_b` are two arguments.
         else:
             copy = clean.node_copy(node, lambda n: mapping[n])
         stack = node.meta.get("nn_module_stack")
