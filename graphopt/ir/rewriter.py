@@ -95,6 +95,7 @@ class Rewriter:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(first):
             made = self.graph.placeholder(name.replace(".", "_"))
+            made.target = made.name  # `a.b` and `a_b` are two arguments.
         made.meta = {"weight": name}
         return made
 
