@@ -23,6 +23,7 @@ from graphopt.compiler.memory import Budget
 from graphopt.compiler.resolve import Resolved, resolve
 from graphopt.compiler.text import batches, evaluate, tokens_of
 from graphopt.compiler.verify import verify as verify_step
+from graphopt.compiler.verify_drafting import verify_drafting
 from graphopt.cost import cost
 from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, PlanError
 from graphopt.ir.program import Applied, Input, Program
@@ -32,6 +33,7 @@ from graphopt.observe.distributed import rank, together
 from graphopt.observe.run import observe
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
+from graphopt.passkit.speculation import Speculation
 from graphopt.spec import LoadedSpec, ScalarError, StepSpec, load_spec, select_paths, write_lock
 from graphopt.train import Record, train
 from graphopt.views import Views
@@ -112,6 +114,9 @@ def compile(
         certificate = verify_step(
             step.before, step.after, step.plan, step.config.effect, level, step.spec.place, step.spec.id, limits.verify
         )
+        for edit in step.plan.edits:
+            if isinstance(edit, Speculation) and certificate["level"] == "full":
+                certificate["decoding"] = verify_drafting(step.after, edit.drafting, step.spec.place, step.spec.id)
         progress.done()
         limits.check()
         program, record = _train(step, programs, resolved, progress, state)
@@ -141,7 +146,7 @@ def compile(
         progress.stage("save", None)
         saving = spec_values.save
         dtype = getattr(torch, saving.dtype) if saving.dtype else None
-        extra = {} if saving.shard_size is None else {"shard_size": int(saving.shard_size)}
+        extra: dict[str, Any] = {} if saving.shard_size is None else {"shard_size": int(saving.shard_size)}
         facts = {"before": fingerprint(original), "after": fingerprint(program)}
         save(
             program,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -83,10 +84,10 @@ def _workloads(program: Program, resolved: Resolved) -> list[Workload]:
                 continue
         if taps:
             found.append(Workload("observe", tuple(taps), text.batch, text.seq, -(-text.samples // text.batch)))
-    text = spec.evaluation
-    if text is not None:
-        batches = -(-text.samples // _EVALUATION_BATCH)
-        found.append(Workload("evaluate", (), min(_EVALUATION_BATCH, text.samples), text.seq, batches))
+    measured = spec.evaluation
+    if measured is not None:
+        batches = -(-measured.samples // _EVALUATION_BATCH)
+        found.append(Workload("evaluate", (), min(_EVALUATION_BATCH, measured.samples), measured.seq, batches))
     return found
 
 
@@ -132,7 +133,7 @@ def estimate_run(
 
 
 def _elements(program: Program, name: str) -> int:
-    return torch.Size(program.weights[name].expr.shape).numel() if name in program.weights else 0
+    return math.prod(program.weights[name].expr.shape) if name in program.weights else 0
 
 
 def _stored(program: Program, name: str) -> int:
@@ -154,7 +155,7 @@ def _flops(before: Program, after: Program, level: str, limits: Budget) -> float
         return 0.0
     tokens = 15 if limits.verify is not None else 114
     return sum(
-        2 * tokens * sum(torch.Size(program.weights[name].expr.shape).numel() for name in names)
+        2 * tokens * sum(math.prod(program.weights[name].expr.shape) for name in names)
         for program, names in zip((before, after), read_by(before, after, limits.verify), strict=True)
     )
 
@@ -184,8 +185,8 @@ def _read_rate(program: Program) -> float:
     source: Any = program.weights.source
     largest = max(
         (w.expr for w in program.weights.weights.values() if w.kind != "constant"),
-        key=lambda e: torch.Size(e.shape).numel(),
+        key=lambda e: math.prod(e.shape),
     )
     started = time.perf_counter()
-    value = source.get(sources(largest)[0])
-    return float(value.nbytes / max(time.perf_counter() - started, 1e-6))
+    value: torch.Tensor = source.get(sources(largest)[0])
+    return float(value.nbytes) / max(time.perf_counter() - started, 1e-6)

@@ -6,10 +6,11 @@ counted on the original model: steps make models smaller.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ class _Sizer:
         if not isinstance(value, torch.Tensor) or self.alias(node) is not None:
             return 0
         own = _OBSERVED if value.dtype.is_floating_point else value.dtype
-        return self.elements(value) * max(own.itemsize, value.dtype.itemsize if own == value.dtype else 0)
+        return self.elements(value) * int(own.itemsize)
 
     def alias(self, node: fx.Node) -> fx.Node | None:
         """The node whose storage a node shares."""
@@ -258,7 +259,7 @@ def _activations(segments: Iterable[Segment], number: _Sizer) -> tuple[int, int]
 def _held(program: Program, name: str, dtype: torch.dtype = _OBSERVED) -> int:
     expr = program.weights[name].expr
     kind = dtype if expr.dtype.is_floating_point else expr.dtype
-    return torch.Size(expr.shape).numel() * int(kind.itemsize)
+    return math.prod(expr.shape) * int(kind.itemsize)
 
 
 def _weights(program: Program, segment: Segment, dtype: torch.dtype = _OBSERVED) -> int:
@@ -299,7 +300,7 @@ def _largest(program: Program) -> int:
         if "weight" in source.meta and node in block.nodes
     }
     names = inside or set(program.weights)
-    return max(torch.Size(program.weights[name].expr.shape).numel() for name in names)
+    return max(math.prod(program.weights[name].expr.shape) for name in names)
 
 
 def _planning(program: Program, reads: str) -> Need:
@@ -333,8 +334,3 @@ def _saving(program: Program, whole: bool) -> Need:
     """What is queued, pieces in work, and where a step maps whole weights their copies in float32."""
     need = (160 << 20) + (16 * _largest(program) if whole else 0)
     return Need("save", need, need)
-
-
-def with_directory(limits: Limits | None, directory: Path) -> Limits | None:
-    """Limits that spill into a directory."""
-    return None if limits is None else replace(limits, directory=directory)

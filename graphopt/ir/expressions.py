@@ -131,7 +131,7 @@ class Const(Expr):
     @property
     def moves(self) -> bool:
         """Whether the value is held as it is stored."""
-        return self.value.dtype == self.kind
+        return bool(self.value.dtype == self.kind)
 
     def rows(self, start: int, stop: int) -> Expr:
         """Those rows of the value."""

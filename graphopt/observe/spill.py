@@ -47,7 +47,7 @@ class Spill:
         needed = sum(storage.nbytes() for storage in storages.values())
         start = self._slot(batch, needed)
         order: dict[int, int] = {}
-        places = []
+        places: list[tuple[int, int]] = []
         for pointer, storage in storages.items():
             order[pointer] = len(places)
             places.append((start, storage.nbytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,7 @@ def ancestors(start: Iterable[fx.Node]) -> set[fx.Node]:
 def _bytes(program: Program, weight: fx.Node, dtype: torch.dtype | None) -> int:
     expr = program.weights[weight.meta["weight"]].expr
     size = (dtype or expr.dtype) if expr.dtype.is_floating_point else expr.dtype
-    return torch.Size(expr.shape).numel() * int(size.itemsize)
+    return math.prod(expr.shape) * int(size.itemsize)
 
 
 def _looks_up(program: Program, node: fx.Node, dtype: torch.dtype | None) -> bool:
