@@ -80,13 +80,14 @@ class HiddenError(Term):
 
 @dataclass(frozen=True)
 class DraftHeads(Term):
-    """Sum over heads k = 1, 2, ... of decay^k times the cross-entropy of the token k + 1 places ahead.
+    """Sum over heads k of decay^k times the cross-entropy of the token k + 1 places ahead; an early exit is head 0.
 
-    `student` is the program's own logits, then those of the heads, each `[B, S, V]`.
+    `student` is the program's own logits, then those of the heads, each `[B, S, V]`; the first of these is head `first`.
     """
 
     weight: float
     student: tuple[str, ...]
+    first: int
     decay: float
     target: str
     teacher: tuple[str, ...] = ()
@@ -95,13 +96,13 @@ class DraftHeads(Term):
     def __call__(self, ids: torch.Tensor, student: Values, teacher: Values) -> torch.Tensor:
         """Head k at position t answers for the token at t + k + 1, which the base predicts at t + k."""
         base, total = student[self.student[0]].detach(), torch.zeros((), dtype=student[self.student[0]].dtype)
-        for k, name in enumerate(self.student[1:], start=1):
+        for k, name in enumerate(self.student[1:], start=self.first):
             logits = student[name]
             if self.target == "text":
                 loss = _cross_entropy(logits[:, : -(k + 1)], ids[:, k + 1 :])
             else:
                 wanted = torch.softmax(base[:, k:], dim=-1)
-                loss = -(wanted * F.log_softmax(logits[:, :-k], dim=-1)).sum(-1).mean()
+                loss = -(wanted * F.log_softmax(logits[:, : logits.shape[1] - k], dim=-1)).sum(-1).mean()
             total = total + self.decay**k * loss
         return total
 
@@ -149,10 +150,12 @@ def _hidden(loss: HiddenLoss, student: Program, teacher: Program) -> Term:
 
 def _heads(loss: HeadsLoss, student: Program) -> Term:
     named = dict(zip(student.entry.outputs, student.output_nodes, strict=True))
-    heads = [node.name for name, node in named.items() if name.startswith("heads.")]
+    early = [named["exit"].name] if "exit" in named else []
+    heads = early or [node.name for name, node in named.items() if name.startswith("heads.")]
     if not heads:
         raise PlanError.of("no_heads", "the program has no draft heads to train", help=("put insert_heads before it",))
-    return DraftHeads(loss.weight, (student.output_nodes[0].name, *heads), loss.decay, loss.target)
+    first = 0 if early else 1
+    return DraftHeads(loss.weight, (student.output_nodes[0].name, *heads), first, loss.decay, loss.target)
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,6 @@ class Heads(Edit):
         """Add blocks, outputs and results."""
         hidden = rewriter.node(self.place.hidden)
         rewriter.add_output("hidden", hidden)
-        tail = self._tail(rewriter)
         embedded = self._embeddings(rewriter)
         for k in range(1, self.count + 1):
             state, anchor = hidden, next(iter(reversed(rewriter.graph.nodes)))
@@ -117,7 +116,7 @@ class Heads(Edit):
                 state = self._fold(rewriter, f"heads.{k}", (hidden, *embedded[:k]), anchor)
             for block in range(1 if embedded else 0, self.layers):
                 state = self._block(rewriter, f"heads.{k}.{block}", state, state, self.place.width, anchor)
-            rewriter.add_output(f"heads.{k}", self._output(rewriter, f"heads.{k}.output", tail, state, anchor))
+            rewriter.add_output(f"heads.{k}", self._output(rewriter, f"heads.{k}.output", state, anchor))
 
     def emulate(self, rewriter: Rewriter, views: Views) -> None:
         """What untrained heads must give: the logits of the next token."""
@@ -158,29 +157,34 @@ class Heads(Edit):
         kind = rewriter.program.dtype
         return rewriter.add_weight(name, Const(value.to(kind), kind))
 
-    def _tail(self, rewriter: Rewriter) -> list[fx.Node]:
-        """Nodes from the output product to the logits, in order: scaling and capping come with the product."""
-        product, result = rewriter.node(self.place.product), rewriter.node(self.place.result)
-        after = {product}
-        for node in rewriter.graph.nodes:
-            if any(source in after for source in node.all_input_nodes):
-                after.add(node)
-        needed = ancestors([result])
-        return [node for node in rewriter.graph.nodes if node in after and node in needed]
-
-    def _output(self, rewriter: Rewriter, name: str, tail: list[fx.Node], state: fx.Node, anchor: fx.Node) -> fx.Node:
-        """The tail again, from another state and, when heads own their outputs, by another matrix."""
-        hidden = rewriter.node(self.place.hidden)
-        instead: dict[fx.Node, fx.Node] = {hidden: state}
+    def _output(self, rewriter: Rewriter, name: str, state: fx.Node, anchor: fx.Node) -> fx.Node:
+        """Logits from another state and, when heads own their outputs, by another matrix."""
+        instead: dict[fx.Node, fx.Node] = {}
         if self.own:
-            for source in tail[0].all_input_nodes:
+            for source in rewriter.node(self.place.product).all_input_nodes:
                 if "weight" in source.meta:
                     held = rewriter.weights[source.meta["weight"]].expr
                     own = f"{name}.{'weight' if len(held.shape) == 2 else 'bias'}"
                     instead[source] = rewriter.add_weight(own, Affine(held, 1.0))
-        for node in tail:
-            with rewriter.graph.inserting_before(anchor):
-                copy = rewriter.graph.node_copy(node, lambda n: instead.get(n, n))
-            copy.meta = {key: value for key, value in node.meta.items() if key == "path"} | {"by": rewriter.by}
-            instead[node] = copy
-        return instead[tail[-1]]
+        return repeat_tail(rewriter, self.place, instead, state, anchor)
+
+
+def repeat_tail(
+    rewriter: Rewriter, place: Place, instead: dict[fx.Node, fx.Node], state: fx.Node, anchor: fx.Node
+) -> fx.Node:
+    """What leads from the hidden state to the logits again, from `state`; other nodes may be read `instead`."""
+    instead = {**instead, rewriter.node(place.hidden): state}
+    product, result = rewriter.node(place.product), rewriter.node(place.result)
+    after = {product}
+    for node in rewriter.graph.nodes:
+        if any(source in after for source in node.all_input_nodes):
+            after.add(node)
+    needed = ancestors([result])
+    copy = product
+    # Scaling and capping of the logits come with the product.
+    for node in [node for node in rewriter.graph.nodes if node in after and node in needed]:
+        with rewriter.graph.inserting_before(anchor):
+            copy = rewriter.graph.node_copy(node, lambda n: instead.get(n, n))
+        copy.meta = {key: value for key, value in node.meta.items() if key == "path"} | {"by": rewriter.by}
+        instead[node] = copy
+    return copy

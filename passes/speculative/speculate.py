@@ -46,7 +46,8 @@ class Speculate(Pass):
 
     def plan(self, context: Context) -> Plan:
         """One edit that says how the program decodes, or a decline that says what it lacks."""
-        from graphopt.passkit.edits import Decline, Plan, Speculation
+        from graphopt.passkit.edits import Decline, Plan
+        from graphopt.passkit.speculation import Speculation
 
         program, drafter = context.program, self.drafter
         if not any(spec.role == "tokens" for spec in program.entry.inputs):

@@ -1,0 +1,191 @@
+"""Drafting with a program: a smaller model, or a part of the program that verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from graphopt.runtime.cache import Cache
+from graphopt.runtime.decoder import Decoder
+from graphopt.runtime.speculate.accept import Law
+from graphopt.runtime.speculate.drafter import Rows
+from graphopt.runtime.speculate.tree import Tree, closure
+
+
+class Network:
+    """What drafting programs share: a cache that follows the sequence.
+
+    A part of the verifying program (`part`) reads and writes the verifying program's own cache: its committed entries
+    are the best there are, and what drafting writes behind them is overwritten by the next step. A model of its own has
+    its own cache and reads every kept token once.
+    """
+
+    def __init__(self, decoder: Decoder, *, part: bool) -> None:
+        self.decoder, self.part = decoder, part
+        self._verified: Cache | None = None
+        self._cache: Cache | None = None
+        self._pending: list[int] = []
+
+    def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
+        """Take the verifying program's cache, or read the prompt."""
+        self._verified = rows.cache
+        self._cache = self.decoder.cache(1, rows.cache.capacity, shared=rows.cache if self.part else None)
+        self._pending = [] if self.part else list(prompt)
+
+    def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
+        """Remember what was kept and not read yet."""
+        if not self.part:
+            self._pending += [rows.token[node] for node in path]
+
+    def truncate(self, length: int) -> None:
+        """Forget the entries behind the first `length`."""
+        if not self.part and self._cache is not None:
+            held = int(self._cache.lengths[0])
+            self._cache.truncate(min(length, held))
+            self._pending = self._pending[: max(0, length - held)]
+
+    def catch_up(self) -> Cache:
+        """The cache, which now holds the sequence without its root."""
+        assert self._cache is not None, "begin comes first"
+        assert self._verified is not None
+        if self.part:
+            self._cache.lengths = self._verified.lengths
+        elif self._pending:
+            self.read(self._pending)
+            self._cache.commit(len(self._pending))
+            self._pending = []
+        return self._cache
+
+    def read(self, tokens: Sequence[int], parent: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Logits `[N, V]` of tokens behind the cache: one behind the other, or a tree by its parents."""
+        assert self._cache is not None
+        with torch.no_grad():
+            ids = torch.tensor([list(tokens)])
+            return self.decoder.step(self._cache, ids, ancestors=None if parent is None else closure(parent))[0][0]
+
+
+class Chain(Network):
+    """Drafts the likeliest tokens one after the other, at most `length`, and stops behind one less likely than `stop`.
+
+    The unsure token itself is still proposed (Kangaroo, arXiv 2404.18911). With `leaves`, next best tokens stand beside
+    each drafted one, the more the less sure it is: 3, 5, 8 or 10 candidates in all above 0.95, 0.8, 0.5 and below
+    (SWIFT, arXiv 2410.06916), as far as the budget goes, the first places first.
+    """
+
+    def __init__(
+        self, decoder: Decoder, *, part: bool, length: int = 6, stop: float = 0.6, leaves: bool = False
+    ) -> None:
+        super().__init__(decoder, part=part)
+        self.length, self.stop, self.leaves = length, stop, leaves
+
+    def propose(self, root: int, budget: int) -> Tree:
+        """A chain with its leaves, of at most `budget` nodes."""
+        cache, token, beside = self.catch_up(), [root], list[list[int]]()
+        start = cache.lengths
+        for _ in range(min(self.length, budget - 1)):
+            logits = self.read(token[-1:])[0]
+            best = torch.softmax(logits.float(), dim=-1).topk(10 if self.leaves else 1)
+            sure = float(best.values[0])
+            words: list[int] = best.indices.tolist()
+            token.append(words[0])
+            beside.append(words[1 : _candidates(sure)])
+            if sure < self.stop:
+                break
+            cache.commit(1)
+        cache.lengths = start
+        parent = list(range(-1, len(token) - 1))
+        for above, words in enumerate(beside if self.leaves else ()):
+            for word in words[: budget - len(token)]:
+                token.append(word)
+                parent.append(above)
+        return Tree(tuple(token), tuple(parent))
+
+
+def _candidates(sure: float) -> int:
+    return next((count for bound, count in ((0.95, 3), (0.8, 5), (0.5, 8)) if sure > bound), 10)
+
+
+@dataclass
+class _Beams:
+    """A tree under growth: the log-probability and the perturbed score of every node."""
+
+    token: list[int]
+    parent: list[int] = field(default_factory=lambda: [-1])
+    mass: list[float] = field(default_factory=lambda: [0.0])
+    score: list[float] = field(default_factory=lambda: [0.0])
+
+
+class Sampled(Network):
+    """Draws a tree without replacement (recursive speculative decoding, arXiv 2402.14160).
+
+    `constant` draws `branching[l]` children of every node of level l by Gumbel-Top-k on log q. `beam` keeps the
+    `branching[l]` best of a level by stochastic beam search: a child's score is a Gumbel of its path's log-probability
+    whose maximum over the siblings is the parent's score. Siblings stand in drawing order, and the tree carries q, which
+    Exact acceptance needs; `law` maps the draft's logits to q.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        law: Law,
+        generator: torch.Generator,
+        *,
+        part: bool,
+        branching: tuple[int, ...] = (2, 2),
+        mode: Literal["constant", "beam"] = "constant",
+    ) -> None:
+        super().__init__(decoder, part=part)
+        if not branching or min(branching) < 1:
+            raise ValueError(f"every level draws at least one token, not {branching}")
+        self.law, self.generator, self.branching, self.mode = law, generator, branching, mode
+
+    def propose(self, root: int, budget: int) -> Tree:
+        """A tree of at most `budget` nodes, level by level as far as whole levels of one node more fit."""
+        found, level, laws = _Beams([root]), [0], list[torch.Tensor]()
+        self.catch_up()
+        for count in self.branching:
+            if len(found.token) >= budget:
+                break
+            # A law is computed once: what a node's children were drawn from is what acceptance divides by.
+            laws += self.law(self.read(found.token, tuple(found.parent))[len(laws) :])
+            made = len(found.token)
+            for parent, token, mass, score in self._children(found, level, laws, count)[: budget - made]:
+                found.token.append(token)
+                found.parent.append(parent)
+                found.mass.append(mass)
+                found.score.append(score)
+            level = list(range(made, len(found.token)))
+        if not laws:
+            return Tree.root(root)
+        blank = torch.zeros_like(laws[0])
+        q = torch.stack([*laws, *(blank for _ in range(len(found.token) - len(laws)))])
+        return Tree(tuple(found.token), tuple(found.parent), q)
+
+    def _children(
+        self, found: _Beams, level: list[int], laws: list[torch.Tensor], count: int
+    ) -> list[tuple[int, int, float, float]]:
+        """Parent, token, log-probability and score of the next level's nodes, siblings in drawing order."""
+        drawn: list[tuple[int, int, float, float]] = []
+        for node in level:
+            logs = laws[node].log()
+            mass = logs + found.mass[node]
+            gumbel = -torch.log(-torch.log(torch.rand(logs.shape, generator=self.generator, dtype=logs.dtype)))
+            scores = mass + gumbel
+            if self.mode == "beam":
+                scores = _given_maximum(scores, found.score[node])
+            best = scores.topk(min(count, int((laws[node] > 0).sum())))
+            for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                drawn.append((node, token, float(mass[token]), score))
+        if self.mode == "beam":
+            drawn = sorted(drawn, key=lambda child: -child[3])[:count]
+        return drawn
+
+
+def _given_maximum(scores: torch.Tensor, maximum: float) -> torch.Tensor:
+    """Gumbels `[V]` moved so that their largest is `maximum` (stochastic beams, arXiv 1903.06059)."""
+    largest = scores.max()
+    shift = maximum - scores + torch.log1p(-torch.exp(scores - largest))
+    return maximum - shift.clamp_min(0) - torch.log1p(torch.exp(-shift.abs()))
