@@ -123,6 +123,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End where the new text holds this; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep keys and values of the text so far.")] = True,
+    draft: Annotated[
+        bool, typer.Option("--draft/--no-draft", help="Draft as the model's spec says, if it does.")
+    ] = True,
     as_json: JSON = False,
 ) -> None:
     """Continue a text, printing it as it grows."""
@@ -132,6 +135,7 @@ def generate(
     from graphopt.diagnostics import PlanError
     from graphopt.runtime import generate as continue_prompt
     from graphopt.runtime import with_cache
+    from graphopt.runtime.speculate.setup import drafting_of, speculator
 
     file = Path(program.origin.path or "") / "tokenizer.json"
     if not program.origin.path or not file.is_file():
@@ -142,6 +146,17 @@ def generate(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
+    written = _Writer(tokenizer, ids, silent=as_json)
+    drafting = drafting_of(program) if draft and cache else None
+    if drafting is not None and (stop or repetition_penalty != 1.0):
+        typer.echo("no drafts: stop strings and repetition penalties look at every token", err=True)
+    elif drafting is not None:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        drafted = speculator(program, drafting, **options)  # type: ignore[arg-type]
+        ends = _end_tokens(program)
+        found, log = drafted.generate(torch.tensor(ids), max_new_tokens, ends, stream=written.add)
+        _show_text(written, prompt, found.tolist(), as_json, cached=True, drafts=log.to_json())
+        return
     reason = None
     if cache:
         program, reason = with_cache(program)
@@ -149,7 +164,6 @@ def generate(
             typer.echo(f"no cache, so every token runs the whole text: {reason}", err=True)
     elif program.cached:
         raise typer.BadParameter("the model has a cache, and runs with it", param_hint="--no-cache")
-    written = _Writer(tokenizer, ids, silent=as_json)
     result = continue_prompt(
         program,
         torch.tensor([ids]),
@@ -164,14 +178,18 @@ def generate(
         decode=tokenizer.decode,
         stream=lambda token: written.add(int(token[0])),
     )
-    if as_json:
-        tokens = result[0].tolist()
-        text = tokenizer.decode(tokens)
-        cached = cache and reason is None
-        new = len(tokens) - len(ids)
-        show_json({"prompt": prompt, "text": text, "tokens": tokens, "new_tokens": new, "cached": cached})
-    else:
+    _show_text(written, prompt, result[0].tolist(), as_json, cached=cache and reason is None)
+
+
+def _show_text(
+    written: _Writer, prompt: str, tokens: list[int], as_json: bool, *, cached: bool, **more: dict[str, Any]
+) -> None:
+    if not as_json:
         written.end()
+        return
+    text = written.tokenizer.decode(tokens)
+    new = len(tokens) - written.prompt
+    show_json({"prompt": prompt, "text": text, "tokens": tokens, "new_tokens": new, "cached": cached, **more})
 
 
 class _Writer:
@@ -179,6 +197,7 @@ class _Writer:
 
     def __init__(self, tokenizer: Any, ids: list[int], *, silent: bool) -> None:
         self.tokenizer, self.ids, self.silent = tokenizer, list(ids), silent
+        self.prompt = len(ids)
         self.shown = ""
         self._print(self.tokenizer.decode(self.ids))
 
