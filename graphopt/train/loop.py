@@ -144,7 +144,7 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Write the state, complete or not at all: tensors, moments, step and losses so far."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, tensor in self.leaves.tensors.items():
             state = self.optimizer.state[tensor]
             tensors |= {f"{name}:value": tensor.detach(), f"{name}:mean": state["exp_avg"]}

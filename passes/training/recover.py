@@ -36,8 +36,7 @@ class Recover(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED, Fact.QUANTIZED})
 
     weights: Literal["all", "changed"] = "all"
-    """what is trained: all parameters that the result depends on, or those that steps have changed; in the layers of
-    `where`, if the step has one"""
+    """whether all parameters that the result reads are trained, or only those that steps changed; `where` narrows both"""
     loss: Losses = Losses(logits=LogitsLoss())
     """what is minimised"""
     teacher: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$", examples=["original"])] = "original"

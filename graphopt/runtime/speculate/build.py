@@ -84,7 +84,8 @@ def best_first(root: int, candidates: Sequence[Sequence[int]], scores: Sequence[
 
     `candidates[l]` and `scores[l]` are tokens of level l and their log-probabilities, likeliest first.
     """
-    token, parent, place = [root], [-1], {(): 0}
+    token, parent = [root], [-1]
+    place: dict[tuple[int, ...], int] = {(): 0}
     for path, _ in _best_first(lambda depth: scores[depth], len(scores), budget - 1):
         place[path] = len(token)
         token.append(candidates[len(path) - 1][path[-1]])

@@ -29,6 +29,8 @@ class Speculator:
     drafter: Drafter | None = None
     controller: Controller = field(default_factory=lambda: Fixed(16))
     accept: Acceptance = field(default_factory=Greedy)
+    clock: Callable[[], float] = time.perf_counter
+    """what events are timed by, in seconds"""
 
     def generate(
         self,
@@ -59,22 +61,22 @@ class Speculator:
 
     def _begin(self, cache: Cache, prompt: tuple[int, ...], log: Log) -> int:
         """Read the prompt; the first token behind it."""
-        started = time.perf_counter()
+        started = self.clock()
         rows = self._run(cache, Tree.chain(prompt[0], prompt[1:]))
         cache.commit(len(prompt))
         if self.drafter is not None:
             self.drafter.begin(prompt, rows)
         token = self.accept.first(rows.logits[-1])
-        log.events.append(Event(len(prompt), 1, 0, time.perf_counter() - started))
+        log.events.append(Event(len(prompt), 1, 0, self.clock() - started))
         return token
 
     def _step(self, cache: Cache, root: int, most: int, stops: set[int], log: Log) -> list[int]:
         """Draft behind the root, verify, keep a path: the tokens that this emits, at least one and at most `most`."""
-        started = time.perf_counter()
+        started = self.clock()
         budget = self.controller.budget()
         drafter = self.drafter if budget > 1 and most > 1 else None
         tree = drafter.propose(root, budget) if drafter is not None else Tree.root(root)
-        drafted = time.perf_counter()
+        drafted = self.clock()
         rows = self._run(cache, tree)
         path, token = self.accept(tree, rows.logits)
         new = _until_stop([*(tree.token[node] for node in path[1:]), token][:most], stops)
@@ -82,7 +84,7 @@ class Speculator:
         cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor([path]))
         if self.drafter is not None:
             self.drafter.observe(rows, path)
-        event = Event(len(tree), len(new), len(path) - 1, time.perf_counter() - started, drafted - started)
+        event = Event(len(tree), len(new), len(path) - 1, self.clock() - started, drafted - started)
         log.events.append(event)
         self.controller.told(event)
         return new

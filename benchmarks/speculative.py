@@ -1,0 +1,210 @@
+"""Speculative decoding on the shipped model: benchmarks/results/speculative.json and docs/speculative.md.
+
+    python benchmarks/speculative.py                 # every spec of specs/methods that speculates
+    python benchmarks/speculative.py --only medusa   # one of them; the others keep their rows
+    python benchmarks/speculative.py --page          # only the page again, from the stored figures
+
+A spec is compiled once, which trains what it trains (`--work` keeps results and states, so that an interrupted run goes
+on). Prompts are held-out text, as it is and repeated; greedy decoding with the drafter at fixed numbers of rows, and as
+the spec decodes, takes turns with plain cached decoding prompt by prompt. Times are processor times of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import graphopt
+from graphopt.compiler.text import load_text
+from graphopt.ir.program import Program
+from graphopt.passkit import PassRegistry
+from graphopt.runtime import Decoder, generate, with_cache
+from graphopt.runtime.speculate import Fixed, Log
+from graphopt.runtime.speculate.setup import drafting_of, speculator
+from graphopt.spec import load_spec
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "tiny_lm"
+RESULTS = ROOT / "benchmarks" / "results" / "speculative.json"
+PAGE = ROOT / "docs" / "speculative.md"
+NEW = 128
+BUDGETS = (2, 4, 8, 16, 64)
+
+
+def specs() -> dict[str, Path]:
+    """Specs with a `speculate` step, by name."""
+    found = {}
+    for path in sorted((ROOT / "specs" / "methods").glob("*.yaml")):
+        if any(step.use == "speculate" for step in load_spec(path, registry=PassRegistry()).steps):
+            found[path.stem] = path
+    return found
+
+
+def prompts(count: int) -> dict[str, list[torch.Tensor]]:
+    """Held-out prompts of 64 tokens; and 48 tokens that are then asked for again, as when a text is edited."""
+    tokens = load_text(MODEL / "heldout.txt", MODEL)
+    starts = [i * (len(tokens) - 64) // count for i in range(count)]
+    plain = [tokens[start : start + 64] for start in starts]
+    return {"held-out": plain, "repeated": [torch.cat([p[:48], p[:48], p[:8]]) for p in plain]}
+
+
+def compiled(name: str, path: Path, work: Path) -> Program:
+    """What a spec makes of the shipped model, trained once."""
+    out = work / name
+    if not out.exists():
+        graphopt.compile(None, path, out=out, state=work / "states" / name, verify="shapes")
+    return graphopt.load(out)
+
+
+class Total:
+    """Tokens, runs and seconds over many prompts."""
+
+    def __init__(self) -> None:
+        self.logs: list[Log] = []
+        self.ratios: list[float] = []
+        self.same = True
+
+    def add(self, log: Log, ratio: float, same: bool) -> None:
+        """Take one prompt's log, plain seconds over its seconds, and whether its tokens were those of plain decoding."""
+        self.logs.append(log)
+        self.ratios.append(ratio)
+        self.same &= same
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of all prompts together."""
+        together = Log([self.logs[0].events[0], *(event for log in self.logs for event in log.steps)])
+        return {
+            "tau": round(together.tau, 4),
+            "acceptance_rate": round(together.acceptance_rate, 4),
+            "rows_a_step": round(statistics.mean(event.rows for event in together.steps), 2),
+            "drafting_share": round(
+                sum(e.drafting for e in together.steps) / sum(e.seconds for e in together.steps), 3
+            ),
+            "ms_a_token": round(1000 * together.tpot, 4),
+            "speed_to_plain": round(statistics.median(self.ratios), 4),
+            "tokens_as_plain": self.same,
+        }
+
+
+def timed(run: Any) -> tuple[Any, float]:
+    """A result and the processor seconds that it took."""
+    started = time.process_time()
+    return run(), time.process_time() - started
+
+
+def measure(program: Program, budgets: tuple[int, ...], count: int, new: int) -> dict[str, Any]:
+    """Figures of a program and its drafter for every kind of prompt and every number of rows."""
+    drafting = drafting_of(program)
+    if drafting is None:
+        raise SystemExit("the program has no speculate step")
+    plain = Decoder(with_cache(graphopt.capture(MODEL))[0])
+    run = speculator(program, drafting)
+    run.clock = time.process_time
+    adaptive = run.controller
+    found: dict[str, Any] = {"drafting": drafting.to_json()}
+    for kind, texts in prompts(count).items():
+        ways: dict[str, tuple[Any, Total]] = {str(rows): (Fixed(rows), Total()) for rows in budgets}
+        ways["as the spec"] = (adaptive, Total())
+        for prompt in texts:
+            for controller, total in ways.values():
+                run.controller = controller
+                reference, before = timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new)[0])
+                (got, log), seconds = timed(lambda p=prompt: run.generate(p, new))
+                _, after = timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new))
+                total.add(log, (before + after) / 2 / seconds, torch.equal(got, reference))
+        found[kind] = {way: total.figures() for way, (_, total) in ways.items()}
+        print(json.dumps({kind: found[kind]}), file=sys.stderr, flush=True)
+    return found
+
+
+def training(program: Program) -> dict[str, Any] | None:
+    """What the trail says of the training."""
+    for step in program.trail:
+        if "training" in step.certificate:
+            return dict(step.certificate["training"])
+    return None
+
+
+def page(stored: dict[str, Any]) -> str:
+    """docs/speculative.md."""
+    many = f"{stored['prompts']} prompts of each kind, {stored['new']} new tokens each"
+    lines = [*HEAD, "", f"Measured on {stored['machine']}, one thread, float32, {many}.", ""]
+    for kind in ("held-out", "repeated"):
+        lines += [f"## {kind.capitalize()} prompts", ""]
+        lines += ["| spec | rows | tau | acceptance | drafting | speed to plain | tokens as plain |", "|" + "---|" * 7]
+        for name, row in stored["specs"].items():
+            for way, f in row[kind].items():
+                lines.append(
+                    f"| {name} | {way} | {f['tau']:.2f} | {f['acceptance_rate']:.1%} | {f['drafting_share']:.0%} |"
+                    f" {f['speed_to_plain']:.2f} | {'yes' if f['tokens_as_plain'] else 'no'} |"
+                )
+        lines.append("")
+    trained = {name: row["training"] for name, row in stored["specs"].items() if row.get("training")}
+    if trained:
+        lines += ["## Training of the drafters", ""]
+        lines += ["| spec | parameters | steps | tokens | first loss | last loss | seconds |", "|" + "---|" * 7]
+        for name, t in trained.items():
+            lines.append(
+                f"| {name} | {t['trained_parameters']:,} | {t['steps']} | {t['tokens']:,} | {t['loss_first']['loss']:.2f} |"
+                f" {t['loss_last']['loss']:.2f} | {t['seconds']:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+HEAD = """# Speculative decoding, measured
+
+A drafter proposes a tree of tokens, one run of the program verifies it, and the path that the program itself would have
+written is kept. Written by `python benchmarks/speculative.py`; raw figures in benchmarks/results/speculative.json. The
+recipes are specs/methods/*.yaml: each inserts and trains what it needs and says how to decode.
+
+- tau: tokens that one run of the program gives after the prompt (plain decoding: 1).
+- rows: tokens that a run verifies, the decided one included. `as the spec` chooses among the spec's numbers of rows and
+  plain decoding by measured tokens a second.
+- speed to plain: processor seconds of plain cached decoding over those with the drafter, median over prompts that took
+  turns. Repeated prompts hold 48 tokens twice and the first 8 of them again.
+
+The shipped model is the worst case for speculation in time: its weights stay in the processor's cache, so that a row more
+costs nearly as much as a step more, while on a model whose weights come from memory a few rows cost what one does. tau
+and acceptance carry over to such a model; the speed here says how little is lost when drafting does not pay.""".splitlines()
+
+
+def main() -> None:
+    """Measure what is asked for and write figures and page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="names of specs")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "speculative", help="where compiled specs are kept")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--new", type=int, default=NEW, help="tokens after each prompt")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--page", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"specs": {}}
+    if not arguments.page:
+        machine = f"{platform.machine()}, torch {torch.__version__}"
+        stored |= {"prompts": arguments.prompts, "new": arguments.new, "machine": machine}
+        for name, path in specs().items():
+            if arguments.only is None or name in arguments.only:
+                program = compiled(name, path, arguments.work)
+                row = measure(program, tuple(arguments.budgets), arguments.prompts, arguments.new)
+                stored["specs"][name] = row | {"training": training(program)}
+                stored["specs"] = dict(sorted(stored["specs"].items()))
+                RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    PAGE.write_text(page(stored))
+
+
+if __name__ == "__main__":
+    main()
