@@ -30,6 +30,8 @@ AUTOS = {
     "mask_generation": ("MODEL_FOR_MASK_GENERATION_MAPPING_NAMES", "AutoModelForMaskGeneration"),
     "object_detection": ("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "AutoModelForObjectDetection"),
 }
+# Classes of the task that no auto class lists.
+OUTSIDE_MAPPINGS = {"time_series": {"patchtsmixer": "PatchTSMixerForPrediction", "patchtst": "PatchTSTForPrediction"}}
 LAYERS = 3
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -55,6 +57,16 @@ _SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
+    "d_model": 32,
+    "image_size": 64,
+    "patch_size": 16,
+    "max_source_positions": 40,
+    "max_target_positions": 128,
+    "num_mel_bins": 16,
+    "context_length": 32,
+    "patch_length": 8,
+    "patch_stride": 8,
+    "prediction_length": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -129,7 +141,7 @@ class NotBuiltError(Exception):
 
 def model_types(auto: str) -> dict[str, Any]:
     """Class names by model type of one auto class."""
-    return dict(getattr(modeling_auto, AUTOS[auto][0]))
+    return dict(getattr(modeling_auto, AUTOS[auto][0])) | OUTSIDE_MAPPINGS.get(auto, {})
 
 
 def small_config(model_type: str, recipe: dict[str, Any]) -> Any:
@@ -172,7 +184,11 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
     for number, recipe in enumerate(RECIPES):
         try:
             config = small_config(model_type, recipe)
-            factory = getattr(transformers, AUTOS[auto][1]).from_config
+            factory = (
+                getattr(transformers, outside)._from_config
+                if outside
+                else getattr(transformers, AUTOS[auto][1]).from_config
+            )
             with torch.device("meta"):
                 size = sum(p.numel() for p in factory(config).parameters())
             if size > PARAMETERS:
@@ -189,6 +205,11 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
     raise NotBuiltError(" | ".join(dict.fromkeys(refused)))
 
 
+def _factory(auto: str, model_type: str) -> Any:
+    outside = OUTSIDE_MAPPINGS.get(auto, {}).get(model_type)
+    return getattr(transformers, outside)._from_config if outside else getattr(transformers, AUTOS[auto][1]).from_config
+
+
 def _randomise(model: Any) -> None:
     """Weights large enough that every part shows in the result."""
     with torch.no_grad():
@@ -201,7 +222,7 @@ def _randomise(model: Any) -> None:
 
 def sample_inputs(model: Any, batch: int = 2, seq: int = 19) -> dict[str, torch.Tensor]:
     """Random inputs at given sizes, for the inputs that graphopt would capture with."""
-    from graphopt.frontend.pretrained import model_inputs
+    from graphopt.frontend.signature import model_inputs
 
     generator = torch.Generator().manual_seed(3)
     sizes = {"B": batch, "S": seq}
@@ -293,7 +314,7 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
         if not deep:
             continue
         inner = [m for child in deep for m in child.modules() if isinstance(m, torch.nn.ModuleList)]
-        nested = [m for m in inner if any(_looks_like_block(c) for c in m)]
+        nested = [m for m in inner if any(_looks_like_block(c) and _linears_outside_mixers(c) > 1 for c in m)]
         if nested and not any(_looks_like_block(child, nested) for child in deep):
             continue  # Groups of layers (stages): their members are the blocks.
         taken.append(name)
@@ -307,6 +328,16 @@ def _looks_like_block(module: Any, without: list[Any] = ()) -> bool:  # type: ig
     return any(
         any(word in type(m).__name__.lower() for word in _MIXERS) and id(m) not in hidden for m in module.modules()
     )
+
+
+def _linears_outside_mixers(module: Any) -> int:
+    inside = {
+        id(part)
+        for mixer in module.modules()
+        if any(word in type(mixer).__name__.lower() for word in _MIXERS) and mixer is not module
+        for part in mixer.modules()
+    }
+    return sum(1 for part in module.modules() if _is_linear(part) and id(part) not in inside)
 
 
 def _is_linear(module: Any) -> bool:

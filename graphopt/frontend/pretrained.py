@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,8 @@ from graphopt.diagnostics import ArtifactError, CaptureError
 from graphopt.frontend.checkpoint import CheckpointSource
 from graphopt.frontend.converted import Conversion, ConvertedSource
 from graphopt.frontend.export import DEFAULT_DIMS, capture_module
-from graphopt.ir.program import Dim, Input, Origin, Program
+from graphopt.frontend.signature import dims_of, model_inputs
+from graphopt.ir.program import Dim, Origin, Program
 from graphopt.ir.weights import MemorySource
 
 _PROBE_ROW = 1 << 17
@@ -119,11 +119,12 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
     tensors = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     origin = Origin(type(model).__name__, config.to_dict(), type(model).__name__, None)
+    inputs = model_inputs(empty)
     with our_masks():
         return capture_module(
             empty,
-            model_inputs(empty),
-            dims=dims,
+            inputs,
+            dims=dims_of(inputs, dims),
             source=MemorySource({**tensors, **buffers}),
             constants=buffers,
             origin=origin,
@@ -164,11 +165,12 @@ def _capture(
         source = _as_the_model_names(source, model)
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
+    inputs = model_inputs(model)
     with our_masks():
         program = capture_module(
             model,
-            model_inputs(model),
-            dims=dims,
+            inputs,
+            dims=dims_of(inputs, dims),
             source=source,
             constants=buffers,
             origin=origin,
@@ -233,22 +235,6 @@ def _as_the_model_names(source: CheckpointSource, model: Any) -> CheckpointSourc
             "tensors_not_converted",
             f"{source.directory} holds tensors that do not convert into those of {type(model).__name__}: {error}",
         ) from error
-
-
-def model_inputs(model: Any) -> tuple[Input, ...]:
-    """The inputs a model is captured with, from the signature of its forward."""
-    parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        raise CaptureError.of(
-            "inputs_unknown",
-            f"{type(model).__name__} takes {', '.join(parameters)}; pass inputs=... to capture it as a module",
-        )
-    inputs = [Input("input_ids", ("B", "S"), torch.int64, "tokens")]
-    if "attention_mask" in parameters:
-        inputs.append(Input("attention_mask", ("B", "S"), torch.int64, "padding"))
-    if "position_ids" in parameters:
-        inputs.append(Input("position_ids", ("B", "S"), torch.int64, "positions"))
-    return tuple(inputs)
 
 
 def _resolve(path: str | Path) -> Path:
