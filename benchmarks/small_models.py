@@ -156,7 +156,9 @@ def _shrink(cls: Any, given: dict[str, Any], recipe: dict[str, Any]) -> Any:
     for name, value in recipe.items():
         own = defaults.attribute_map.get(name, name)
         if own in known or name in known:
-            values[own if own in known else name] = value
+            # A size that is given for each axis stays so.
+            pair = isinstance(known.get(own, known.get(name)), list | tuple) and isinstance(value, int)
+            values[own if own in known else name] = [value] * len(known.get(own, known.get(name))) if pair else value
     for name in defaults.sub_configs:
         part = getattr(defaults, name, None)
         if part is not None:
@@ -184,11 +186,7 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
     for number, recipe in enumerate(RECIPES):
         try:
             config = small_config(model_type, recipe)
-            factory = (
-                getattr(transformers, outside)._from_config
-                if outside
-                else getattr(transformers, AUTOS[auto][1]).from_config
-            )
+            factory = _factory(auto, model_type)
             with torch.device("meta"):
                 size = sum(p.numel() for p in factory(config).parameters())
             if size > PARAMETERS:
