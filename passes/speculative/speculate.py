@@ -32,7 +32,6 @@ class Speculate(Pass):
     name: ClassVar[str] = "speculate"
     effect: ClassVar[Effect] = Effect.EXACT
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
-    idempotent: ClassVar[bool] = True
 
     drafter: Drafter
     """who proposes tokens"""
