@@ -18,7 +18,12 @@ from graphopt.ir.program import Program
 from graphopt.views import Views
 
 ZERO = sympy.Integer(0)
-CORES = (torch.ops.graphopt.attention.default, torch.ops.graphopt.cached_attention.default)
+CORES = (
+    torch.ops.graphopt.attention.default,
+    torch.ops.graphopt.bounded_attention.default,
+    torch.ops.graphopt.cached_attention.default,
+    torch.ops.graphopt.held_attention.default,
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
 
 def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
     """KV bytes of an attention in its shapes' symbols and bytes a token; zero for one that needs no cache."""
-    if core.target is torch.ops.graphopt.cached_attention.default:
+    cached = (torch.ops.graphopt.cached_attention.default, torch.ops.graphopt.held_attention.default)
+    if core.target in cached:
         keys, values = (core.args[i].meta["val"] for i in (3, 4))  # type: ignore[union-attr]
         batch, kv_heads, capacity, head = sizes_of(keys)
         token = kv_heads * (head * keys.dtype.itemsize + sizes_of(values)[3] * values.dtype.itemsize)
@@ -176,6 +182,11 @@ def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
     token = kv_heads * (head * k.dtype.itemsize + sizes_of(v)[3] * v.dtype.itemsize)
     if sizes_of(q)[2] != length:
         return ZERO, 0
+    if core.target is torch.ops.graphopt.bounded_attention.default:
+        heads, sink, recent, heavy, compensate = core.args[11:16]
+        held = sympy.Min(length, sink + recent + heavy + compensate)  # type: ignore[operator]
+        share = sympy.Rational(len(heads), kv_heads)  # type: ignore[arg-type]
+        return batch * (share * held + (1 - share) * length) * token, int(token)
     return batch * (length if window is None else sympy.Min(length, window)) * token, int(token)
 
 

@@ -78,6 +78,19 @@ def _cached_attention(node: fx.Node) -> Any:
     return 2 * b * h * s * c * (d + e)
 
 
+def _held_attention(node: fx.Node) -> Any:
+    """New queries against what is held and against each other."""
+    (b, h, s, d), (*_, c, e) = _shape(node.args[0]), _shape(node.args[4])
+    products = e if node.args[8] is not None else d + e
+    return 2 * b * h * s * (c + s) * products
+
+
+def _heavy_weights(node: fx.Node) -> Any:
+    """Products of new queries with the keys that are held and with each other's."""
+    (b, h, s, d), (*_, c, _) = _shape(node.args[0]), _shape(node.args[2])
+    return 2 * b * h * s * (c + s) * d
+
+
 def _convolution(node: fx.Node) -> Any:
     weight = _shape(node.args[1])
     transposed = len(node.args) > 6 and bool(node.args[6]) and node.target is aten.convolution.default
@@ -124,7 +137,10 @@ _PRODUCTS: dict[Any, Callable[[fx.Node], Any]] = {
     aten._grouped_mm: _grouped,
     aten.scaled_dot_product_attention: _attention,
     torch.ops.graphopt.attention: _attention,
+    torch.ops.graphopt.bounded_attention: _attention,
     torch.ops.graphopt.cached_attention: _cached_attention,
+    torch.ops.graphopt.held_attention: _held_attention,
+    torch.ops.graphopt.heavy_weights: _heavy_weights,
 }
 
 _FREE = {

@@ -62,9 +62,11 @@ def _usual(
     if spec.role == "ancestors":
         return torch.ones(1, count, count, dtype=torch.bool).tril()
     if spec.role == "cache" and lengths is None:
-        fixed = [size for size in spec.shape if isinstance(size, int)]
+        named = {"C": count}
+        shape = [size if isinstance(size, int) else named.get(size, batch) for size in spec.shape]
         dtype = specialise(spec.dtype, model=model, target=target, device=device)
-        return torch.zeros(batch, fixed[0], count, fixed[1], dtype=dtype, device=device)
+        # Whole numbers say which token an entry holds: none.
+        return torch.full(shape, 0 if dtype.is_floating_point else -1, dtype=dtype, device=device)
     return None
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from graphopt.diagnostics import PlanError
-from graphopt.ir.program import Program, specialise
+from graphopt.ir.program import Input, Program, specialise
+from graphopt.runtime.held import held_of
 
 
 class Cache:
@@ -32,20 +33,35 @@ class Cache:
         self.buffers: dict[str, torch.Tensor] = {}
         for spec in program.entry.inputs:
             if spec.role == "cache":
-                heads, size = (n for n in spec.shape if isinstance(n, int))
                 kind = specialise(spec.dtype, model=program.dtype, target=dtype, device=device)
                 self.buffers[spec.name] = (
-                    torch.zeros(batch, heads, capacity, size, dtype=kind, device=device)
+                    torch.zeros(sizes_of(spec, batch, capacity), dtype=kind, device=device)
                     if shared is None
                     else shared.buffers[spec.name]
                 )
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.held = held_of(program)
+        if self.held and shared is not None:
+            raise PlanError.of(
+                "bounded_cache", "bounded heads let entries go, so no other program can share their cache"
+            )
+        for held in self.held:
+            held.clear(self.buffers)
+        self._growing = [s.name for s in program.entry.inputs if s.role == "cache" and s.shape[2:3] == ("C",)]
+        self._outputs = program.entry.outputs
+        self._results: dict[str, torch.Tensor] = {}
         # What the decoder works out once for a text: arguments of its two forms, and tables by place.
         self.text: list[Any] = []
         self.other: list[Any] = []
         self.tables: list[torch.Tensor] = []
+
+    def written(self, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Remember the results of a step, of which bounded heads take in what is committed."""
+        if self.held:
+            self._results = dict(zip(self._outputs, results, strict=True))
+        return results
 
     def commit(self, kept: int | torch.Tensor) -> None:
         """Keep entries that the last step wrote: the first `kept` of each row (a number or `[B]`), or those of a path.
@@ -73,23 +89,44 @@ class Cache:
             return
         source = (self.lengths[:, None] + torch.where(path >= 0, path, steps)).clamp(max=self.capacity - 1)
         target = (self.lengths[:, None] + steps).clamp(max=self.capacity - 1)
-        for buffer in self.buffers.values():
+        for name in self._growing:
+            buffer = self.buffers[name]
             shape = (-1, buffer.shape[1], -1, buffer.shape[3])
             moved = buffer.gather(2, source[:, None, :, None].expand(shape))
             buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
-        self._raise(count)
+        self._raise(count, path)
 
-    def _raise(self, counts: torch.Tensor) -> None:
+    def _raise(self, counts: torch.Tensor, path: torch.Tensor | None = None) -> None:
         longest = int((self.lengths + counts).max())
         if longest > self.capacity or int(counts.min()) < 0:
             raise ValueError(f"{longest} entries do not fit a cache of {self.capacity}")
+        if self.held and int(counts.max()):
+            if not self._results:
+                raise ValueError("there is no step whose entries could be kept")
+            if path is None:
+                steps = torch.arange(int(counts.max()), device=counts.device)
+                path = torch.where(steps < counts[:, None], steps, -1)
+            for held in self.held:
+                held.absorb(self.buffers, self._results, self.lengths, path)
+            # A second commit of the same step would take its entries in twice.
+            self._results = {}
         self.lengths = self.lengths + counts
 
     def truncate(self, lengths: int | torch.Tensor) -> None:
-        """Forget entries: rows keep the first `lengths` (a number or `[B]`) of what they hold."""
+        """Forget entries: rows keep the first `lengths` (a number or `[B]`) of what they hold.
+
+        Raises ValueError for more than they hold, and for heads that are bounded, which cannot go back but to nothing.
+        """
         wanted = torch.full_like(self.lengths, lengths) if isinstance(lengths, int) else lengths.to(self.lengths)
         if bool((wanted > self.lengths).any()) or bool((wanted < 0).any()):
             raise ValueError(f"rows hold {self.lengths.tolist()} entries, and cannot be cut to {wanted.tolist()}")
+        if self.held and bool((wanted != self.lengths).any()):
+            if bool(wanted.any()):
+                raise ValueError(
+                    "bounded heads have let entries go, and cannot go back: truncate to 0, or do not commit"
+                )
+            for held in self.held:
+                held.clear(self.buffers)
         self.lengths = wanted.clone()
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -101,3 +138,9 @@ class Cache:
     def bytes(self) -> int:
         """Bytes of all buffers, as they lie in memory."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+
+def sizes_of(spec: Input, batch: int, capacity: int) -> tuple[int, ...]:
+    """The shape of a cache input for so many rows and entries; its own sizes where it is bounded."""
+    named = {"C": capacity}
+    return tuple(size if isinstance(size, int) else named.get(size, batch) for size in spec.shape)

@@ -34,7 +34,7 @@ class Decoder:
         """
         cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared)
         with torch.inference_mode():
-            values = self.lowered.start(context, cache.buffers)
+            values = self.lowered.start(context, cache.buffers, capacity)
         cache.text, cache.other = self.lowered.text.fixed(values), self.lowered.other.fixed(values)
         cache.tables = [cache.text[index] for index, _ in self.lowered.text.tables]
         return cache
@@ -61,4 +61,8 @@ class Decoder:
             for role in form.inputs:
                 if role != "tokens":
                     given[form.inputs[role]] = getattr(slots, role)
-            return form.call(slots, *given)
+            if "ancestors" in form.inputs and ancestors is None:
+                given[form.inputs["ancestors"]] = torch.ones(
+                    1, count, count, dtype=torch.bool, device=self.device
+                ).tril()
+            return cache.written(form.call(slots, *given))

@@ -95,13 +95,12 @@ class Lowered:
                     stack.append(source)
         return [node for node in self.order if node in wanted and node.op != "placeholder"]
 
-    def start(self, context: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> Values:
+    def start(self, context: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor], capacity: int) -> Values:
         """What holds for a whole text: results that depend on the context, and tables by place `[1, .., C, ..]`.
 
         Raises TypeError when an input of the context is missing.
         """
         values: Values = dict(self.values)
-        capacity = next(iter(buffers.values())).shape[2]
         places: Values = {}
         for node in self.order:
             if "input" in node.meta:

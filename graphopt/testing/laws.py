@@ -360,8 +360,24 @@ def _cached_flops(
     return int(sdpa_flop_count(q, keys, values))
 
 
+def _held_flops(q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
+    both = [
+        torch.empty(*new.shape[:2], new.shape[2] + old.shape[2], new.shape[3]) for new, old in ((k, keys), (v, values))
+    ]
+    whole = int(sdpa_flop_count(q, *both))
+    known = rest[3] is not None
+    return whole * v.shape[3] // (q.shape[3] + v.shape[3]) if known else whole
+
+
+def _weight_flops(q: Any, k: Any, keys: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
+    return 2 * q.numel() * (k.shape[2] + keys.shape[2])
+
+
 _FLOPS = {
     torch.ops.graphopt.attention: _attention_flops,
+    torch.ops.graphopt.bounded_attention: _attention_flops,
+    torch.ops.graphopt.held_attention: _held_flops,
+    torch.ops.graphopt.heavy_weights: _weight_flops,
     torch.ops.graphopt.cached_attention: _cached_flops,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from graphopt.passkit.base import Context, Pass
 from graphopt.passkit.facts import Effect, Fact
@@ -21,7 +21,8 @@ class InsertCache(Pass):
     token among the new ones, and two buffers an attention become inputs. Prefill, a decoded token and the verification
     of a token tree are three uses of the one graph. What the model computed from places in the sequence (rotary angles,
     learned positions, biases by distance) is computed from the positions instead; what it computed from the padding
-    goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow.
+    goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow. Heads
+    that a bound_cache step has bounded get buffers of their entries alone, and return what the runtime then takes in.
 
     A model whose tokens meet outside of causal attention (convolutions over time, state spaces, token shift) is
     declined with the name of the node. So is one whose bias has no proven meaning at a cached step. Put passes that
@@ -36,9 +37,6 @@ class InsertCache(Pass):
     effect: ClassVar[Effect] = Effect.LOSSLESS_DECODE
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED})
     adds: ClassVar[frozenset[Fact]] = frozenset({Fact.KV_CACHED})
-
-    policy: Literal["full"] = "full"
-    """what a cache keeps"""
 
     def plan(self, context: Context) -> Plan:
         """An edit for each attention that decodes, a decline for each that needs no cache; all or none of the former."""
@@ -57,19 +55,21 @@ class InsertCache(Pass):
         sequence = Sequence(program, tokens)
         growing = [a for a in attentions if a.core in sequence.live and a.core.args[1] in sequence.live]
         declines = [
-            Decline(a.path, "its keys do not grow with the decoded text: they are computed once")
+            Decline(_name(a), "its keys do not grow with the decoded text: they are computed once")
             for a in attentions
             if a not in growing
         ]
-        reasons = {a.path: reason for a in growing if (reason := self._unfit(a, sequence)) is not None}
+        reasons = {_name(a): reason for a in growing if (reason := self._unfit(a, sequence)) is not None}
         mixing = sequence.mixing()
         if mixing is not None and not reasons:
             node, what = mixing
             where = f" ({node.meta['path']})" if "path" in node.meta else ""
             reasons = dict.fromkeys(
-                (a.path for a in growing), f"tokens meet outside of attention, at %{node.name}{where}: {what}"
+                (_name(a) for a in growing), f"tokens meet outside of attention, at %{node.name}{where}: {what}"
             )
         edits = [self._slot(index, a) for index, a in enumerate(growing)]
+        # Tables by key position are as long as the buffers that grow, so the first of these comes first.
+        edits.sort(key=lambda slot: not slot.grows)
         if not reasons and edits:
             try:
                 rewriter = Rewriter(program)
@@ -78,32 +78,38 @@ class InsertCache(Pass):
                     stage.buffers(slot)
                     stage.mask(program.nodes[slot.node])
             except Unplaceable as error:
-                reasons = {a.path: f"its places have no proven meaning at a cached step: {error}" for a in growing}
+                reasons = {_name(a): f"its places have no proven meaning at a cached step: {error}" for a in growing}
         if reasons:
             other = "another attention cannot be cached: " + next(iter(reasons.values()))
-            declines += [Decline(a.path, reasons.get(a.path, other)) for a in growing]
+            declines += [Decline(_name(a), reasons.get(_name(a), other)) for a in growing]
             return Plan((), tuple(declines))
         return Plan(tuple(edits), tuple(declines))
 
     def _slot(self, index: int, attention: Attention) -> Slot:
+        from graphopt.ops import bounded_attention
+        from graphopt.passes.cache.held import held_slot
         from graphopt.passes.cache.slots import Slot
 
         k, v = (attention.core.args[i].meta["val"] for i in (1, 2))  # type: ignore[union-attr]
-        return Slot(
-            attention.path,
+        slot = Slot(
+            _name(attention),
             attention.core.name,
             index,
             (int(k.shape[1]), int(k.shape[3])),
             (int(v.shape[1]), int(v.shape[3])),
             k.dtype,
         )
+        return held_slot(slot, attention.core) if attention.core.target is bounded_attention else slot
 
     def _unfit(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention cannot be cached."""
+        from graphopt.ops import bounded_attention
         from graphopt.passes.cache.probe import hides_later
         from graphopt.passes.cache.sequence import expression
 
         core = attention.core
+        if core.target is bounded_attention and core.args[10] is not None:
+            return "its gates are learnt, but nothing is decided: put bound_cache before this step"
         q, k, v, mask = core.args[:4]
         for name, side in (("queries", q), ("keys", k), ("values", v)):
             shape = side.meta["val"].shape  # type: ignore[union-attr]
@@ -121,3 +127,8 @@ class InsertCache(Pass):
         if mask is not None and not computed and not sequence.is_padding(mask):  # type: ignore[arg-type]
             return f"its mask %{mask.name} is no padding"  # type: ignore[union-attr]
         return None
+
+
+def _name(attention: Attention) -> str:
+    """What an attention is called: its path, or its node where the model itself is the attention."""
+    return attention.path or f"%{attention.core.name}"

@@ -17,10 +17,11 @@ from torch import fx
 from graphopt.ir.program import Input, Program
 
 aten = torch.ops.aten
-ATTENTION = torch.ops.graphopt.attention.default
+CORES = (torch.ops.graphopt.attention.default, torch.ops.graphopt.bounded_attention.default)
 PADDING_CASTS = (aten.to, aten._to_copy, aten.clone, aten.contiguous)
 
 _BY_ROW = {
+    aten.__and__, aten.__or__, aten.floor_divide,
     aten.alias, aten.clone, aten.contiguous, aten.copy, aten.detach, aten.dropout, aten.embedding, aten.expand,
     aten.expand_as, aten.flatten, aten.full_like, aten.lift_fresh_copy, aten.masked_fill, aten.movedim, aten.new_zeros,
     aten.new_ones, aten.new_full, aten.numpy_T, aten.one_hot, aten.ones_like, aten.permute,
@@ -104,7 +105,7 @@ class Sequence:
         """The first node outside of attention that lets tokens meet, and what it does; None when there is none."""
         carrying = self.live & self.needed
         for node in self.program.graph.graph.nodes:
-            if node in carrying and node.op == "call_function" and node.target is not ATTENTION:
+            if node in carrying and node.op == "call_function" and node.target not in CORES:
                 reason = self._mixes(node)
                 if reason is not None:
                     return node, reason

@@ -13,7 +13,7 @@ from torch import fx
 from graphopt.ir.program import Dim, Input, Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.passes.cache.places import Frame, Places
-from graphopt.passes.cache.sequence import Sequence, expression, packet
+from graphopt.passes.cache.sequence import CORES, Sequence, expression, packet
 from graphopt.passkit.edits import Edit
 from graphopt.views import Views
 
@@ -40,6 +40,11 @@ class Slot(Edit):
     def candidate(self) -> str:
         """The attention."""
         return self.view
+
+    @property
+    def grows(self) -> bool:
+        """Whether its buffers are as long as the text may become."""
+        return True
 
     def describe(self) -> str:
         """What an entry holds."""
@@ -110,8 +115,7 @@ class Stage:
         self.lengths = rewriter.add_input(Input("lengths", (batch,), torch.int64, "lengths"))
         self.ancestors = rewriter.add_input(Input("ancestors", (batch, length, length), torch.bool, "ancestors"))
         rewriter.add_dim(CAPACITY)
-        self._batch = batch
-        self._buffers: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self.batch = batch
         self._places: Places | None = None
         self._tokens = rewriter.input_node(tokens.name)
         self._padding = given.get("padding")
@@ -124,11 +128,15 @@ class Stage:
         found: Stage = rewriter.shared[_SHARED]
         return found
 
-    def buffers(self, slot: Slot) -> tuple[fx.Node, fx.Node]:
-        """Inputs for the keys and values of a slot."""
+    def buffers(self, slot: Slot) -> tuple[fx.Node, ...]:
+        """Inputs for the keys and values of a slot, where it grows."""
+        if not slot.grows:
+            if self._places is None:
+                self._begin(None)
+            return ()
         keys, values = (
             self.rewriter.add_input(
-                Input(f"cache_{slot.index}_{kind}", (self._batch, heads, CAPACITY.name, size), slot.dtype, "cache")
+                Input(f"cache_{slot.index}_{kind}", (self.batch, heads, CAPACITY.name, size), slot.dtype, "cache")
             )
             for kind, (heads, size) in (("keys", slot.keys), ("values", slot.values))
         )
@@ -136,13 +144,14 @@ class Stage:
             self._begin(keys)
         return keys, values
 
-    def _begin(self, keys: fx.Node) -> None:
+    def _begin(self, keys: fx.Node | None) -> None:
         """Turn everything outside of attention that counts places to the new inputs."""
         rewriter, sequence = self.rewriter, self.sequence
         last = [node for node in rewriter.graph.nodes if node.op == "placeholder"][-1]
         batch = rewriter.call(aten.sym_size.int, self._tokens, 0, after=last)
         length = rewriter.call(aten.sym_size.int, self._tokens, 1, after=batch)
-        capacity = rewriter.call(aten.sym_size.int, keys, 2, after=length)
+        # Without a growing buffer no attention reads a table by key position.
+        capacity = length if keys is None else rewriter.call(aten.sym_size.int, keys, 2, after=length)
         rows = rewriter.call(operator.mul, batch, length, after=capacity)
         frame = Frame(self.positions, batch, length, capacity, rows)
         self._places = places = Places(rewriter, sequence, frame, rows)
@@ -151,7 +160,7 @@ class Stage:
             if node not in sequence.live & sequence.needed or node.op != "call_function":
                 continue
             for source in node.all_input_nodes:
-                mask = packet(node) is torch.ops.graphopt.attention and source is node.args[3]
+                mask = node.target in CORES and source is node.args[3]
                 if source in sequence.placed and not mask and not places.native(source):
                     made = places.rows(source, node)
                     rewriter.node(node).replace_input_with(rewriter.node(source), made)
