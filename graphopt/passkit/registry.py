@@ -20,6 +20,7 @@ BUILT_IN = {
     "bound_cache": "graphopt.passes.cache.bound_cache:BoundCache",
     "cleanup": "graphopt.passes.simplify.cleanup:Cleanup",
     "insert_cache": "graphopt.passes.cache.insert_cache:InsertCache",
+    "insert_exit": "graphopt.passes.speculative.insert_exit:InsertExit",
     "insert_heads": "graphopt.passes.speculative.insert_heads:InsertHeads",
     "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
@@ -28,6 +29,7 @@ BUILT_IN = {
     "recover": "graphopt.passes.training.recover:Recover",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
     "skip_layers": "graphopt.passes.depth.skip_layers:SkipLayers",
+    "speculate": "graphopt.passes.speculative.speculate:Speculate",
 }
 
 

@@ -21,6 +21,7 @@ PLAIN = {
     "bound_cache": {"sink": 1, "recent": 3},
     "cleanup": {},
     "insert_cache": {},
+    "insert_exit": {"layers": 1},
     "insert_heads": {"heads": 2},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
     "prune_hidden": {"keep": "50%"},
@@ -29,6 +30,7 @@ PLAIN = {
     "recover": {},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},
     "skip_layers": {"layers": 1},
+    "speculate": {"drafter": {"kind": "recycle"}},
 }
 MODEL = Shape(
     layers=3, heads=8, kv_heads=4, head_dim=4, hidden=8, neurons=10, gated=True, positions="rotary", tied=True
@@ -63,7 +65,8 @@ def test_pool_covers_every_structural_choice() -> None:
         if isinstance(getattr(plain, item.name), bool):
             assert values == {False, True}, item.name
     assert {shape.place for shape in POOL} == {"pre", "post", "sandwich", "parallel"}
-    assert {shape.positions for shape in POOL} == {"none", "rotary", "partial", "learned"}
+    assert {shape.positions for shape in POOL} == {"none", "rotary", "interleaved", "partial", "learned"}
+    assert {shape.kind for shape in POOL} == {"decoder", "encoder_decoder", "vision"}
     assert {shape.dtype for shape in POOL} == {"float32", "bfloat16", "float64"}
 
 
