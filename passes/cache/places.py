@@ -26,7 +26,8 @@ Roles = tuple[str | None, ...]
 
 _COPIES = {
     aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.zeros_like, aten.ones_like, aten.full_like, aten.detach,
-    aten.alias, aten.tril, aten.rsub,
+    aten.alias, aten.rsub, aten.where, aten.masked_fill, aten.__and__, aten.__or__,
+    aten.floor_divide,
 }  # fmt: skip
 _SIZED = {aten.view, aten.reshape, aten._unsafe_view, aten.expand}
 _MADE = {aten.full: 0, aten.zeros: 0, aten.ones: 0}
@@ -208,7 +209,7 @@ class Places:
         if rule is not None:
             return rule(self, node, roles)
         pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-        if not any(roles) or pointwise or kind in _COPIES or kind in (aten.where, aten.masked_fill):
+        if not any(roles) or pointwise or kind in _COPIES:
             return self._broadcast(node, roles)
         raise Unplaceable(node, f"({node.target}) has no rule for places")
 
