@@ -54,6 +54,9 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that graphopt wrote.")] = False,
     memory: Memory = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Directory in which steps that train keep their state, to go on from it.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Transform a model as a spec says, verify every step, and save the result."""
@@ -76,6 +79,7 @@ def run(
             overwrite=overwrite,
             progress=progress,
             memory=_bytes(memory),
+            state=state,
         )
     first = rank() == 0
     leave(joined)

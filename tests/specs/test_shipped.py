@@ -25,7 +25,7 @@ def test_spec_runs_and_is_certified(path: Path) -> None:
     assert program.trail
     for step in program.trail:
         assert step.certificate["level"] == "full"
-        assert step.after["parameters"] <= step.before["parameters"]
+        assert step.after["parameters"] <= step.before["parameters"] or step.effect == "untrained"
         assert 1 < step.after["perplexity"] < 500
 
 
