@@ -241,8 +241,10 @@ def _rebuild(graph: fx.Graph) -> fx.GraphModule:
             copy = clean.node_copy(node, lambda n: mapping[n])
         stack = node.meta.get("nn_module_stack")
         copy.meta = {key: node.meta[key] for key in ("weight", "input") if key in node.meta}
-        if stack:
-            copy.meta["path"] = str(next(reversed(stack.values()))[0])
+        # What runs outside of every module export files under a hook of its own.
+        inside = [str(name) for name, _ in (stack or {}).values() if not str(name).startswith("_empty_nn_module_stack")]
+        if inside:
+            copy.meta["path"] = inside[-1]
         mapping[node] = copy
     clean.lint()
     return fx.GraphModule(torch.nn.Module(), clean)

@@ -7,14 +7,13 @@ import torch
 
 from graphopt.frontend import capture_model
 from graphopt.views import Views
-from tests.tiny import CONFIGS, make_model, tokens
+from tests.tiny import CONFIGS, make_model, program, tokens
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
     model = make_model(name)
-    program = capture_model(model)
-    runner = program.module(torch.float32)
+    runner = program(name).module(torch.float32)
     for batch, seq in ((1, 1), (2, 5), (3, 40)):
         ids = tokens(batch, seq)
         padding = torch.ones_like(ids)
@@ -22,7 +21,7 @@ def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
             padding[-1, : seq // 3] = 0
         positions = (padding.cumsum(-1) - 1).clamp(min=0)
         given = {"input_ids": ids, "attention_mask": padding, "position_ids": positions}
-        taken = {spec.name for spec in program.entry.inputs}
+        taken = {spec.name for spec in program(name).entry.inputs}
         given = {key: value for key, value in given.items() if key in taken}
         with torch.no_grad():
             expected = model(**given, use_cache=False).logits
@@ -33,7 +32,7 @@ def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_layer_is_seen(name: str) -> None:
-    views = Views(capture_model(make_model(name)))
+    views = Views(program(name))
     assert len(views.blocks) == 3
     assert all(len(block.attentions) == 1 and len(block.feed_forwards) == 1 for block in views.blocks)
     config = CONFIGS[name][1]
@@ -53,7 +52,7 @@ def test_capture_leaves_the_model_alone() -> None:
 
 def test_ties_are_one_weight() -> None:
     model = make_model("llama_mha")
-    program = capture_model(model)
-    assert program.weights.parameters == sum(p.numel() for p in model.parameters())
-    assert "model.embed_tokens.weight" in program.weights
-    assert program.weights["model.embed_tokens.weight"].aliases == ("lm_head.weight",)
+    weights = program("llama_mha").weights
+    assert weights.parameters == sum(p.numel() for p in model.parameters())
+    assert "model.embed_tokens.weight" in weights
+    assert weights["model.embed_tokens.weight"].aliases == ("lm_head.weight",)

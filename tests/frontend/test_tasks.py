@@ -1,0 +1,94 @@
+"""Models of other tasks, from their config class alone: captured, equal to eager at another shape, parts in view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from graphopt.compiler.verify import random_inputs
+from graphopt.frontend import capture_model
+from graphopt.views import Views
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_BART: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+# Class, config, attentions (self and cross).
+TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "masked language model": ("BertForMaskedLM", _TEXT, 2),
+    "one layer used twice": ("AlbertForMaskedLM", {**_TEXT, "embedding_size": 16}, 2),
+    "classification": (
+        "RobertaForSequenceClassification",
+        {**_TEXT, "num_labels": 3, "bos_token_id": 1, "eos_token_id": 2},
+        2,
+    ),
+    "text to text": (
+        "T5ForConditionalGeneration",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4, "pad_token_id": 0},
+        6,
+    ),
+    "text to text, learnt positions": ("BartForConditionalGeneration", {**_BART, "max_position_embeddings": 64}, 6),
+    "speech to text": (
+        "WhisperForConditionalGeneration",
+        {**_BART, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 64},
+        6,
+    ),
+    "image classification": ("ViTForImageClassification", {**_TEXT, "image_size": 32, "patch_size": 8}, 2),
+    "experts": (
+        "MixtralForCausalLM",
+        {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        2,
+    ),
+    "time series": (
+        "PatchTSMixerForPrediction",
+        {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2, "prediction_length": 4},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_another_task(task: str) -> None:
+    name, values, attentions = TASKS[task]
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = cls.config_class(**{key: value for key, value in values.items() if hasattr(cls.config_class(), key)})
+    model = cls(config).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    program = capture_model(model)
+    assert all(dim.low < dim.high for dim in program.dims)
+    inputs = random_inputs(program, {"B": 2, "S": 11, "T": 7}, 0)
+    inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs)
+        got = dict(zip(program.entry.outputs, program.module()(**inputs), strict=True))
+    main = "logits" if "logits" in got else "prediction_outputs"
+    real: Any = ...
+    if "attention_mask" in inputs and got[main].shape[:2] == inputs["attention_mask"].shape:
+        real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[main][real], expected[main][real], rtol=1e-4, atol=1e-4)
+    assert len(Views(program).attentions) == attentions
