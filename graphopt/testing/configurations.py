@@ -128,7 +128,8 @@ class Drawer:
         ]
         formulae = [factor.format(size) for size in known for factor in FACTORS] or ["1"]
         return st.one_of(
-            st.integers(1, max((self.sizes[size] for size in known), default=2)), st.sampled_from(formulae)
+            st.integers(1, max((self.sizes[size] for size in known if self.sizes[size]), default=2)),
+            st.sampled_from(formulae),
         )
 
     def _layers(self) -> st.SearchStrategy[Any]:

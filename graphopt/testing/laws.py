@@ -28,7 +28,8 @@ from graphopt.ir.shapes import propagate
 from graphopt.ir.text import fingerprint
 from graphopt.passkit import Decline, Edit, Effect, Pass, Skip
 from graphopt.spec import parse_spec
-from graphopt.testing.trial import SHAPES, LawBroken, Refused, Trial, trial
+from graphopt.testing import decoding
+from graphopt.testing.trial import SHAPES, LawBroken, Refused, Trial, given, trial
 from graphopt.views import Views
 
 Law = Callable[[Pass, Program], None]
@@ -148,7 +149,7 @@ def runs_at_other_shapes(case: Trial) -> None:
     """The result runs in its own dtype at sizes that were not captured, batch 1 and length 1 among them."""
     ours, theirs = case.after.module(None), case.program.module(None)
     for seed, sizes in enumerate(SHAPES):
-        inputs = verify.random_inputs(case.program, sizes, seed)
+        inputs = given(case.program, sizes, seed)
         with torch.no_grad():
             # A pass may add results behind those that there were.
             for got, expected in zip(ours(**inputs), theirs(**inputs), strict=False):
@@ -227,7 +228,7 @@ def cost_is_counted(case: Trial) -> None:
     _require(found.bytes == size, law, f"{found.bytes} bytes counted, {size} there")
     runner = after.module(None)
     for seed, sizes in enumerate(SHAPES[1:]):
-        inputs = verify.random_inputs(after, sizes, seed)
+        inputs = given(after, sizes, seed)
         mode = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         with torch.no_grad(), mode:
             runner(**inputs)
@@ -245,7 +246,7 @@ def save_and_load_keep_bits(case: Trial) -> None:
         loaded = load(Path(directory) / "saved")
         _require(fingerprint(loaded) == fingerprint(case.after), "save_and_load_keep_bits", "another fingerprint")
         ours, theirs = loaded.module(None), case.after.module(None)
-        inputs = verify.random_inputs(case.program, SHAPES[1], 0)
+        inputs = given(case.program, SHAPES[1], 0)
         with torch.no_grad():
             for got, expected in zip(ours(**inputs), theirs(**inputs), strict=True):
                 _require(same_bits(got, expected), "save_and_load_keep_bits", "another result")
@@ -268,7 +269,7 @@ def input_is_untouched(case: Trial) -> None:
     tensors = {name: case.program.weights.evaluate(name).clone() for name in case.program.weights}
     fresh = Trial(case.config, case.program)
     if fresh.plan.edits:
-        fresh.after.module(None)(**verify.random_inputs(case.program, SHAPES[1], 0))
+        fresh.after.module(None)(**given(case.program, SHAPES[1], 0))
         fresh.emulated.module(torch.float64)
     changed = [name for name in tensors if not same_bits(tensors[name], case.program.weights.evaluate(name))]
     _require(not changed, "input_is_untouched", f"the pass wrote into {', '.join(changed)}")
@@ -281,6 +282,19 @@ def gradients_flow(case: Trial) -> None:
     before, after = _gradients(case.program), _gradients(case.after)
     lost = sorted(name for name, has in after.items() if not has and before.get(name, True))
     _require(not lost, "gradients_flow", f"no gradient reaches {', '.join(lost)}")
+
+
+@_law
+def generation_is_kept(case: Trial) -> None:
+    """The result generates with a cache what it generates without, cache length included, or cannot have a cache."""
+    if decoding.is_cached(case.program):
+        return
+    if decoding.is_cached(case.after):
+        decoding.compare(case.after, case.program, allowed(case))
+        return
+    cached = decoding.with_cache(case.after)
+    if cached is not None:
+        decoding.compare(cached, case.after, allowed(case))
 
 
 def composes_or_is_refused(first: Pass, second: Pass, program: Program) -> None:
@@ -370,7 +384,7 @@ def _held_flops(q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_
 
 
 def _weight_flops(q: Any, k: Any, keys: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
-    return 2 * q.numel() * (k.shape[2] + keys.shape[2])
+    return int(2 * q.numel() * (k.shape[2] + keys.shape[2]))
 
 
 _FLOPS = {

@@ -23,10 +23,12 @@ from graphopt.ir import rewriter as rewriting
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import MemorySource
+from graphopt.ops import Slots
 from graphopt.passes.depth.skip_layers import SkipLayers
 from graphopt.passes.width.prune_neurons import PruneNeurons
 from graphopt.passkit import Context, Cut, Effect, Pass, PassRegistry, Plan, Skip
 from graphopt.passkit.edits import apply_edits
+from graphopt.runtime.cache import Cache
 from graphopt.testing import trial as trials
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
@@ -235,6 +237,22 @@ def forgotten_flops() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def uncounted_entry() -> Iterator[None]:
+    """The cache does not count the last token that was written."""
+    true = Cache.commit
+    with patch.object(Cache, "commit", lambda self, kept: true(self, kept - 1 if isinstance(kept, int) else kept)):
+        yield
+
+
+@contextmanager
+def wide_window() -> Iterator[None]:
+    """A cached window shows one entry too many."""
+    true = Slots.visible
+    with patch.object(Slots, "visible", lambda self, window: true(self, window and window + 1)):
+        yield
+
+
 _SKIP = {"layers": 1}
 _HIDDEN = {"keep": "50%"}
 _BIAS = {"keep": "60%", "compensate": "mean_bias"}
@@ -246,8 +264,8 @@ BUGS = (
     ),
     Planted("stale node", "nothing_left_behind", stale_node, "skip_layers", _SKIP),
     Planted("stale edge", "nothing_left_behind", stale_edge, "skip_layers", {"remove": 2, "choose": "last"}, Shape(3)),
-    Planted("norm fold without eps", "surgery_equals_emulation", norm_without_eps, "prune_hidden", _HIDDEN),
-    Planted("norm fold by the inverse", "surgery_equals_emulation", inverse_norm_scale, "prune_hidden", _HIDDEN),
+    Planted("wrong norm fold: eps", "surgery_equals_emulation", norm_without_eps, "prune_hidden", _HIDDEN),
+    Planted("wrong norm fold: gain", "surgery_equals_emulation", inverse_norm_scale, "prune_hidden", _HIDDEN),
     Planted("forgotten bias", "surgery_equals_emulation", forgotten_bias, "prune_neurons", _BIAS),
     Planted("tolerance too wide", "verification_can_fail", wide_tolerance, "skip_layers", _SKIP),
     Planted("plan that mutates", "plan_is_pure", _planning(_mutate), "skip_layers", _SKIP),
@@ -303,6 +321,8 @@ BUGS = (
         "skip_layers",
         _SKIP,
     ),
+    Planted("uncounted cache entry", "generation_is_kept", uncounted_entry, "insert_cache"),
+    Planted("cached window too wide", "generation_is_kept", wide_window, "insert_cache", {}, Shape(window=2)),
     Planted("input written", "input_is_untouched", written_input, "skip_layers", _SKIP),
 )
 

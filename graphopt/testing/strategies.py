@@ -22,7 +22,7 @@ from graphopt.ir.program import Program
 from graphopt.passkit import Pass, PassRegistry
 from graphopt.spec import parse_spec
 from graphopt.testing.configurations import configurations
-from graphopt.testing.models import ACTIVATIONS, LONGEST, Shape, build
+from graphopt.testing.models import ACTIVATIONS, LONGEST, ROTARY, Shape, build
 
 _KINDS = get_type_hints(Shape)
 # Larger than any head or layer that the sizes below can make, and odd sizes are as likely as even ones.
@@ -35,6 +35,9 @@ SIZES = {
 }
 FLAGS = ("tied", "gated", "packed_qkv", "packed_gate_up", "biases", "qk_norm")
 CHOICES = {name: get_args(_KINDS[name]) for name in ("norm", "place", "positions", "dtype")}
+# Decoders are most of what people transform, and the other kinds share their layers.
+KINDS = ("decoder", "decoder", "encoder_decoder", "vision")
+EXPERTS = (0, 0, 2, 3)
 MOST_PER_GROUP = 3
 WINDOWS = (None, 1, 3, 8)
 
@@ -47,6 +50,9 @@ def shapes(draw: st.DrawFn) -> Shape:
     values["heads"] = values["kv_heads"] * draw(st.integers(1, MOST_PER_GROUP))
     values |= {name: draw(st.booleans()) for name in FLAGS}
     values |= {name: draw(st.sampled_from(options)) for name, options in CHOICES.items()}
+    values["kind"] = draw(st.sampled_from(KINDS))
+    values["experts"] = draw(st.sampled_from(EXPERTS))
+    values["chosen"] = draw(st.integers(1, max(1, values["experts"])))
     values["window"] = draw(st.sampled_from(WINDOWS))
     values["activation"] = draw(st.sampled_from(list(ACTIVATIONS)))
     values["causal"] = not draw(st.booleans())
@@ -59,8 +65,12 @@ def legal(values: dict[str, Any]) -> Shape:
     values["packed_gate_up"] = values["packed_gate_up"] and values["gated"]
     if values["positions"] == "partial":
         values["head_dim"] = max(4, values["head_dim"])
-    if values["positions"] in ("rotary", "partial"):
+    if values["positions"] in ROTARY:
         values["head_dim"] += values["head_dim"] % 2
+    if values.get("experts"):
+        values["packed_gate_up"] = False
+    if values.get("kind") == "vision":
+        values |= {"tied": False, "causal": False}
     return Shape(**values)
 
 
@@ -74,13 +84,15 @@ def covering(count: int = 16, seed: int = 0) -> tuple[Shape, ...]:
         values["kv_heads"] = 1 + random_.randrange(MOST_PER_GROUP)
         values["heads"] = values["kv_heads"] * (1 + i % MOST_PER_GROUP)
         values |= {name: bool((i >> random_.randrange(4)) % 2) for name in FLAGS}
-        values |= {name: options[(i + i // 4) % len(options)] for name, options in CHOICES.items()}
+        values |= {name: options[(2 * i + i // 5) % len(options)] for name, options in CHOICES.items()}
         values["place"] = CHOICES["place"][i % 4]
         # Half of all models have the norm that can be folded, so that narrower streams are tried too.
         values["norm"] = CHOICES["norm"][int(i % 5 > 2)]
         values["window"] = random_.choice(WINDOWS)
         values["activation"] = list(ACTIVATIONS)[i % len(ACTIVATIONS)]
         values["causal"] = i % 4 != 3
+        values["kind"] = {3: "vision", 6: "encoder_decoder"}.get(i % 8, "decoder")
+        values["experts"], values["chosen"] = (3, 2) if i % 8 == 5 else (0, 1)
         found.append(legal(values))
     return tuple(found)
 
@@ -100,7 +112,7 @@ def programs(draw: st.DrawFn, pool: Sequence[Shape] | None = None) -> Program:
 def inputs(draw: st.DrawFn, program: Program) -> dict[str, torch.Tensor]:
     """Inputs at sizes that were not captured; they shrink towards batch 1 and length 1."""
     captured = {dim.name: dim.hint for dim in program.dims}
-    bounds = {"B": 5, "S": min(40, LONGEST)}
+    bounds = {"B": 5, "S": min(40, LONGEST), "T": 12}
     sizes = {name: draw(st.integers(1, bounds.get(name, 8))) for name in captured}
     assume(sizes != captured)
     return random_inputs(program, sizes, draw(st.integers(0, 3)))

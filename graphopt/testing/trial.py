@@ -16,9 +16,9 @@ from graphopt.passkit.edits import apply_edits, emulate_edits
 from graphopt.spec import ScalarError
 from graphopt.views import Views
 
-CALIBRATION = ({"B": 2, "S": 9}, {"B": 1, "S": 5})
+CALIBRATION = ({"B": 2, "S": 9, "T": 4}, {"B": 1, "S": 5, "T": 3})
 # Batch 1 and length 1 among them, and none of the sizes is the one that was captured.
-SHAPES = ({"B": 1, "S": 1}, {"B": 2, "S": 6}, {"B": 4, "S": 23})
+SHAPES = ({"B": 1, "S": 1, "T": 1}, {"B": 2, "S": 6, "T": 4}, {"B": 4, "S": 23, "T": 9})
 
 
 class LawBroken(AssertionError):
@@ -95,6 +95,13 @@ class Trial:
 def trial(config: Pass, program: Program) -> Trial:
     """The trial of a configuration on a program, the last ones remembered."""
     return _remembered(_Same(config), _Same(program))
+
+
+def given(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
+    """Random inputs in the dtypes that a program declares, for runs in its own."""
+    kinds = {spec.name: spec.dtype for spec in program.entry.inputs}
+    drawn = verify.random_inputs(program, sizes, seed)
+    return {name: value.to(kinds[name]) if value.is_floating_point() else value for name, value in drawn.items()}
 
 
 class _Same:

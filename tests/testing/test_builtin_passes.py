@@ -23,6 +23,7 @@ PLAIN = {
     "insert_cache": {},
     "insert_exit": {"layers": 1},
     "insert_heads": {"heads": 2},
+    "learn_gates": {"sink": 1, "recent": 3},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
     "prune_hidden": {"keep": "50%"},
     "prune_neurons": {"keep": "40%"},
