@@ -17,6 +17,7 @@ from graphopt.frontend.inplace import functionalise
 from graphopt.frontend.matching import is_op
 from graphopt.frontend.raise_attention import raise_spelled_attention
 from graphopt.frontend.raise_rotary import raise_rotary
+from graphopt.frontend.shared_heads import share_heads
 from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -36,6 +37,7 @@ def normalize(graph_module: fx.GraphModule) -> None:
     constant_devices(graph)
     raise_attention(graph)
     raise_spelled_attention(graph)
+    share_heads(graph)
     eliminate_dead_code(graph)
     merge_masks(graph)
     raise_rms_norm(graph)

@@ -78,12 +78,16 @@ def _logits(node: Any) -> _Scores | None:
             else:
                 outer_scale *= factor
             node = node.args[0]
-        elif is_op(node, aten.add) and len(node.args) == 2 and outer_scale == 1.0 and softcap is None:
+        elif is_op(node, aten.add) and len(node.args) == 2 and softcap is None:
             sides = [a for a in node.args if isinstance(a, fx.Node)]
             inner = [side for side in sides if _holds_scores(side)]
             if len(sides) != 2 or len(inner) != 1:
                 return None
-            biases.append(next(side for side in sides if side is not inner[0]))
+            bias = next(side for side in sides if side is not inner[0])
+            # A scale outside of the sum changes what a bias adds, but hides what a mask hides all the same.
+            if outer_scale != 1.0 and _visibility(bias) is None:
+                return None
+            biases.append(bias)
             node = inner[0]
         elif is_op(node, aten.masked_fill) and outer_scale == 1.0 and (_number(node.args[2]) or 0) < _HIDDEN:
             visible.append((node.args[1], False))

@@ -98,7 +98,7 @@ def _pair(first: Any, negated: Any, interleaved: bool) -> fx.Node | None:
 
 def _two_products(pieces: Any, interleaved: bool) -> _Rotation | None:
     """(x1 cos - x2 sin, x2 cos + x1 sin)."""
-    first, second = (through(piece, aten.to) if isinstance(piece, fx.Node) else None for piece in pieces)
+    first, second = (_uncast(piece) for piece in pieces)
     if not is_op(first, aten.sub) or not is_op(second, aten.add) or len(first.args) != 2 or len(second.args) != 2:
         return None
     if not all(is_op(a, aten.mul) for a in (*first.args, *second.args)):
@@ -112,6 +112,10 @@ def _two_products(pieces: Any, interleaved: bool) -> _Rotation | None:
             if {frozenset(p.args[:2]) for p in second.args} == wanted and _widths(a[0], cos, sin, 2):
                 return _Rotation(a[0], cos, sin, interleaved, half=True)
     return None
+
+
+def _uncast(piece: Any) -> Any:
+    return through(piece, aten.to) if isinstance(piece, fx.Node) else None
 
 
 def _complex(node: fx.Node) -> _Rotation | None:
@@ -154,7 +158,8 @@ def _part(node: Any, interleaved: bool) -> tuple[fx.Node, int] | None:
     if is_op(node, aten.slice):
         x = node.args[0]
         width = x.meta["val"].shape[-1]  # type: ignore[union-attr]
-        axis, start, end, step = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
+        given: list[Any] = list(node.args[1:])
+        axis, start, end, step = given + [0, 0, None, 1][len(given) :]
         if not isinstance(width, int) or axis not in (-1, last) or not isinstance(start or 0, int):
             return None
         start = start or 0

@@ -168,37 +168,32 @@ class Cut(Edit):
             axis = views.labels.weight_axes[linear.weight][linear.in_axis]
             mask = torch.zeros(size_of(axis), dtype=torch.float64)
             mask[torch.from_numpy(indices(axis, choice))] = 1
-            node = rewriter.node(linear.node)
+            node = rewriter.node(linear.reader)
             position = 1 if node.target is aten.addmm.default else 0
             x = node.args[position]
-            masked = _times(rewriter, x, mask, f"mask.{self.unit}.{node.name}", before=node)  # type: ignore[arg-type]
+            masked = _times(rewriter, x, mask, f"mask.{self.unit}.{linear.node.name}", before=node)  # type: ignore[arg-type]
             mean = self.means.get(linear.node.name)
             if mean is not None:
                 rest = (1 - mask) * mean.to(torch.float64)
-                fill = rewriter.add_weight(f"mean.{self.unit}.{node.name}", Const(rest, _dtype(x)), "constant")
+                fill = rewriter.add_weight(f"mean.{self.unit}.{linear.node.name}", Const(rest, _dtype(x)), "constant")
                 masked = rewriter.call(aten.add.Tensor, masked, fill, before=node)
             node.replace_input_with(x, masked)  # type: ignore[arg-type]
 
     def _mask_stream(self, rewriter: Rewriter, views: Views, leaf: Atom, choice: Mapping[Atom, Keep]) -> None:
-        for node, axes in views.labels.axes.items():
-            if not isinstance(node.meta.get("val"), torch.Tensor) or node.op != "call_function":
-                continue
-            packet = getattr(node.target, "overloadpacket", None)
-            makes = packet is aten.embedding or (
-                node in views.labels.linears
-                and leaf
-                in leaves(
-                    views.labels.weight_axes[views.labels.linears[node].weight][views.labels.linears[node].out_axis]
-                )
-            )
-            if not makes or leaf not in leaves(axes[-1]):
-                continue
-            mask = torch.zeros(size_of(axes[-1]), dtype=torch.float64)
-            mask[torch.from_numpy(indices(axes[-1], choice))] = 1
-            today = rewriter.node(node)
-            weight = rewriter.add_weight(f"mask.{self.unit}.{node.name}", Const(mask, _dtype(node)), "constant")
-            masked = rewriter.call(aten.mul.Tensor, today, weight, after=today)
-            rewriter.replace(today, masked, keep=partial(operator.is_, masked))
+        """Write zero into every weight at the removed dimensions, so that nothing puts a value there."""
+        for name, axes in views.labels.weight_axes.items():
+            today = rewriter.weight_node(name)
+            for position, axis in enumerate(axes):
+                if leaf not in leaves(axis):
+                    continue
+                mask = torch.zeros(size_of(axis), dtype=torch.float64)
+                mask[torch.from_numpy(indices(axis, choice))] = 1
+                mask = mask.reshape(-1, *[1] * (len(axes) - 1 - position))
+                dtype = rewriter.weights[name].expr.dtype
+                made = rewriter.add_weight(f"mask.{self.unit}.{position}.{name}", Const(mask, dtype), "constant")
+                masked = rewriter.call(aten.mul.Tensor, today, made, after=made)
+                rewriter.replace(today, masked, keep=partial(operator.is_, masked))
+                today = masked
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from torch import fx
 
 from graphopt.cost import Cost, Part, cost
 from graphopt.ir.program import Program
-from graphopt.views import Attention, Block, FeedForward, Linear, Views
+from graphopt.views import Attention, Block, Experts, FeedForward, Linear, Views
 
 aten = torch.ops.aten
 NORMS = {
@@ -58,6 +58,28 @@ class FeedForwardFacts:
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """One bank of experts; `top_k` is None when every expert sees every token, `shared` counts those all tokens use."""
+
+    path: str
+    experts: int
+    top_k: int | None
+    neurons: int
+    activation: str
+    gated: bool
+    routed: bool
+    shared: int
+
+
+@dataclass(frozen=True)
+class MixerFacts:
+    """One sub-layer that mixes tokens without attention; `path` is relative to its block."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class BlockFacts:
     """One block: its views, how its norms and sub-layers stand, and what it costs."""
 
@@ -69,6 +91,8 @@ class BlockFacts:
     place: str
     attentions: tuple[AttentionFacts, ...]
     feed_forwards: tuple[FeedForwardFacts, ...]
+    experts: tuple[ExpertFacts, ...]
+    mixers: tuple[MixerFacts, ...]
     parameters: int
     bytes: int
     flops: sympy.Expr
@@ -156,6 +180,8 @@ def _block(views: Views, block: Block, part: Part) -> BlockFacts:
         place=places,
         attentions=tuple(_attention(block, attention) for attention in block.attentions),
         feed_forwards=tuple(_feed_forward(block, found) for found in block.feed_forwards),
+        experts=tuple(_experts(block, found) for found in block.experts),
+        mixers=tuple(MixerFacts(_relative(mixer.path, block.path), mixer.kind) for mixer in block.mixers),
         parameters=part.parameters,
         bytes=part.bytes,
         flops=part.flops,
@@ -196,7 +222,20 @@ def _feed_forward(block: Block, found: FeedForward) -> FeedForwardFacts:
     )
 
 
-def _activation(found: FeedForward) -> str:
+def _experts(block: Block, found: Experts) -> ExpertFacts:
+    return ExpertFacts(
+        path=_relative(found.path, block.path),
+        experts=found.experts,
+        top_k=found.top_k,
+        neurons=found.neurons,
+        activation=_activation(found),
+        gated=found.gate is not None,
+        routed=found.router is not None,
+        shared=len(found.shared),
+    )
+
+
+def _activation(found: FeedForward | Experts) -> str:
     """The name of the activation; a GELU by its tanh formula is told from a plain tanh by its cube."""
     between = _ancestors([found.down.x], None, stop={found.up.node})
     if any(_packet(n) is aten.gelu and n.kwargs.get("approximate") == "tanh" for n in between):
@@ -212,7 +251,7 @@ def _biases(sides: Mapping[str, Linear | None]) -> tuple[str, ...]:
 
 def _norms(views: Views, block: Block) -> tuple[list[str], str]:
     """Kinds of the norms of a block over its width, and their place: pre, post, sandwich or none."""
-    stream, nodes = set(views.stream), set(block.nodes)
+    stream, nodes = {node for points in views.streams for node in points}, set(block.nodes)
     width = block.entry.meta["val"].shape[-1]
     inside_attention = _ancestors([attention.core for attention in block.attentions], nodes)
     kinds: list[str] = []
@@ -272,7 +311,8 @@ def _head(program: Program, views: Views) -> Table | None:
 
 
 def _final_norm(program: Program, views: Views) -> str | None:
-    after = views.stream[views.stream.index(views.blocks[-1].exit) :] if views.blocks else ()
+    last = views.blocks[-1].exit if views.blocks else None
+    after = next((points[points.index(last) :] for points in views.streams if last in points), ())
     return next((NORMS[_packet(node)] for node in after[1:] if _packet(node) in NORMS), None)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from graphopt.cost import formula
 from graphopt.ir.program import Program
-from graphopt.report.describe import AttentionFacts, BlockFacts, Description, FeedForwardFacts, describe
+from graphopt.report.describe import AttentionFacts, BlockFacts, Description, ExpertFacts, FeedForwardFacts, describe
 from graphopt.report.page import Page, fold, size
 from graphopt.report.run_report import figure, proof
 
@@ -92,7 +92,15 @@ def _blocks(page: Page, blocks: list[BlockFacts], *, learnt: bool) -> None:
         page.row(attention.path or "attention", _attention(attention, learnt))
     for found in first.feed_forwards:
         page.row(found.path or "feed forward", _feed_forward(found, first.width))
-    for kind, found_views in (("attention", first.attentions), ("feed forward", first.feed_forwards)):
+    for experts in first.experts:
+        page.row(experts.path or "experts", _experts(experts, first.width))
+    for mixer in first.mixers:
+        page.row(mixer.path or "mixer", f"{_MIXERS[mixer.kind]}, left alone")
+    parts = (
+        ("attention", (*first.attentions, *first.mixers)),
+        ("feed forward", (*first.feed_forwards, *first.experts)),
+    )
+    for kind, found_views in parts:
         if not found_views:
             page.row(kind, "none", style="yellow")
     parallel = ", attention and feed-forward in parallel" if "parallel" in first.layout else ""
@@ -107,7 +115,9 @@ def _attention(facts: AttentionFacts, learnt: bool) -> str:
     words = [f"{_many(facts.heads, 'head')} x {facts.head_dim}", f"{_many(facts.kv_heads, 'KV head')} ({kind})"]
     if facts.value_dim != facts.head_dim:
         words.append(f"values of {facts.value_dim}")
-    if facts.positions != "none":
+    if facts.positions == "bias":
+        words.append("positions by a bias a head")
+    elif facts.positions != "none":
         words.append(facts.positions)
     elif not learnt:
         words.append("no positions")
@@ -126,6 +136,22 @@ def _feed_forward(facts: FeedForwardFacts, width: int) -> str:
     gated = "gated " if facts.gated else ""
     bias = _bias(facts.biases, 3 if facts.gated else 2)
     return f"{gated}{facts.activation}, {width:,} -> {facts.neurons:,} -> {width:,}, {bias}"
+
+
+def _experts(facts: ExpertFacts, width: int) -> str:
+    gated = "gated " if facts.gated else ""
+    chosen = f"{facts.top_k} a token" if facts.top_k is not None else "all for every token"
+    words = [f"{_many(facts.experts, 'expert')}, {chosen}", f"{gated}{facts.activation}"]
+    words.append(f"{width:,} -> {facts.neurons:,} -> {width:,} each")
+    words += [] if facts.routed else ["router not found"]
+    words += [f"{facts.shared} shared"] if facts.shared else []
+    return ", ".join(words)
+
+
+_MIXERS = {
+    "convolution": "mixes tokens by a convolution",
+    "recurrence": "mixes tokens by a recurrence (state space or linear attention)",
+}
 
 
 def _many(count: int, what: str) -> str:
@@ -164,9 +190,13 @@ def _end(page: Page, described: Description) -> None:
     for note in found.notes:
         page.row("note", note, style="yellow")
     if described.unseen:
-        page.title("not seen")
+        page.title("not seen, or in part")
+        reasons: dict[tuple[str, str], list[str]] = {}
         for each in described.unseen:
-            page.row(each["what"], each["reason"], style="yellow")
+            what, _, path = each["what"].partition(" ")
+            reasons.setdefault((what, each["reason"]), []).append(path)
+        for (what, reason), paths in reasons.items():
+            page.row(what, ": ".join(filter(None, (", ".join(fold(p for p in paths if p)), reason))), style="yellow")
     if described.program.trail:
         page.title("trail")
     for number, applied in enumerate(described.program.trail, 1):

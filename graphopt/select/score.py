@@ -128,7 +128,7 @@ def _fluctuation(group: UnitGroup, program: Program, statistics: Statistics, met
         elif metric == "wifv":
             scores = moments.variance * _energy(program, consumer.linear.weight, consumer.linear.in_axis)
         else:
-            columns = _weight(program, consumer.linear.weight).movedim(consumer.linear.in_axis, -1)
+            columns = _weight(program, consumer.linear.weight).movedim(consumer.linear.in_axis, -1).flatten(0, -2)
             scores = columns.abs().mean(0) * (moments.count * moments.square_mean).sqrt()
         yield Features(scores.square() if squared else scores, torch.from_numpy(consumer.unit))
 

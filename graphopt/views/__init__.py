@@ -2,8 +2,10 @@
 
 from graphopt.views.atoms import Atom, Axis, Keep, coordinates, find, flat, indices, leaves, size_of
 from graphopt.views.cutting import cut
-from graphopt.views.labels import Labels, Linear
-from graphopt.views.model import Attention, Block, FeedForward, SubLayer, Unseen, Views
+from graphopt.views.kinds import Attention, Block, Experts, FeedForward, Mixer, SubLayer, Unseen
+from graphopt.views.labels import Labels
+from graphopt.views.model import Views
+from graphopt.views.routing import Linear
 from graphopt.views.units import Consumer, Occurrence, UnitGroup, unit_groups
 
 __all__ = [
@@ -12,10 +14,12 @@ __all__ = [
     "Axis",
     "Block",
     "Consumer",
+    "Experts",
     "FeedForward",
     "Keep",
     "Labels",
     "Linear",
+    "Mixer",
     "Occurrence",
     "SubLayer",
     "UnitGroup",

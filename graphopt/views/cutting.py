@@ -49,6 +49,7 @@ class _Cutter:
         self.rewriter = rewriter
         self.labels = labels
         self.keep = keep
+        self.scaled: set[str] = set()
 
     def touched(self, axis: Axis) -> bool:
         return any(leaf in self.keep for leaf in leaves(axis))
@@ -133,6 +134,10 @@ class _Cutter:
         if any(not isinstance(f, Atom) for f in flat(source[dim])) or not self.touched(source[dim]):
             return
         size = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+        if len(node.args) > 4 and node.args[4] != 1:
+            # Every n-th entry up to the end: rows of n entries go whole, so that only the end may have to move.
+            today.args = (today.args[0], dim, node.args[2], 1 << 62, node.args[4])
+            return
         bounds = slice_bounds(node, size)
         if bounds is None:
             return
@@ -184,4 +189,7 @@ class _Cutter:
         def change(expr: Expr) -> Expr:
             return Affine(expr, scale, shift * scale - shift)
 
-        self.rewriter.set_weight(node.meta["weight"], change)
+        # Layers that share their weights share the gain: one weight, scaled once.
+        if node.meta["weight"] not in self.scaled:
+            self.scaled.add(node.meta["weight"])
+            self.rewriter.set_weight(node.meta["weight"], change)

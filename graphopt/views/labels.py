@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.views.atoms import Atom, Axis, Dyn, LockedLeaves, flat, lock, size_of, split_sum, unify
-from graphopt.views.sizes import Rank, consume, every, flatten, op_name, slice_bounds
+from graphopt.views.atoms import Atom, Axis, LockedLeaves, lock, size_of, split_sum, unify
+from graphopt.views.layouts import Axes
+from graphopt.views.routing import Linear, RoutingRules
+from graphopt.views.sizes import Rank, every, flatten, op_name
 
 aten = torch.ops.aten
-Axes = list[Axis]
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A matrix product with a weight: y = x W^T + b (`in_axis` 1) or x W + b (`in_axis` 0, the Conv1D layout)."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: str
-    bias: str | None
-    in_axis: int
-
-    @property
-    def out_axis(self) -> int:
-        """The weight's output axis."""
-        return 1 - self.in_axis
-
-
-class Labels:
+class Labels(RoutingRules):
     """Axes of all nodes of a program, its matrix products and its norms.
 
     `axes[node]` is a list of axes, or a list of such lists for nodes with several outputs; nodes that are numbers have
@@ -45,6 +29,9 @@ class Labels:
         self.program = program
         self.axes: dict[fx.Node, Any] = {}
         self.linears: dict[fx.Node, Linear] = {}
+        self.bank_linears: dict[fx.Node, Linear] = {}
+        self.numbers: dict[fx.Node, Axis] = {}
+        self._gathered = {}
         self.norms: dict[fx.Node, Axis] = {}
         self.weight_axes: dict[str, Axes] = {}
         for node in program.graph.graph.nodes:
@@ -54,11 +41,6 @@ class Labels:
             for axis in every(axes):
                 locked.visit(axis)
         self.locks: dict[Atom, list[str]] = locked.reasons
-
-    def of(self, node: fx.Node) -> Axes:
-        """The axes of a node with one tensor result."""
-        found: Axes = self.axes[node]
-        return found
 
     def _visit(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -81,6 +63,7 @@ class Labels:
         handler = self._handler(node)
         if handler is None or not self._try(handler, node):
             self._unknown(node)
+        self._follow(node)
 
     def _try(self, handler: Callable[[fx.Node], Any], node: fx.Node) -> bool:
         result = handler(node)
@@ -100,12 +83,6 @@ class Labels:
         if torch.Tag.pointwise in tags:
             return self._pointwise
         return None
-
-    def _fresh(self, value: torch.Tensor) -> Axes:
-        return [
-            () if size == 1 else (Atom(size),) if isinstance(size, int) else (Dyn(size.node.expr),)
-            for size in value.shape
-        ]
 
     def _unknown(self, node: fx.Node) -> None:
         reason = f"op {op_name(node)} at %{node.name} is not understood"
@@ -128,29 +105,10 @@ class Labels:
             return None
         return list(source[node.args[1]])
 
-    def _same(self, node: fx.Node) -> Axes:
-        return list(self.of(node.args[0]))  # type: ignore[arg-type]
-
     def _pointwise(self, node: fx.Node) -> Axes:
         tensors = [a for a in flatten(node.args) + flatten(node.kwargs.values()) if isinstance(a, fx.Node)]
         tensors = [a for a in tensors if isinstance(a.meta.get("val"), torch.Tensor)]
         return self._broadcast([self.of(t) for t in tensors], node.meta["val"], f"%{node.name}")
-
-    def _broadcast(self, operands: list[Axes], value: torch.Tensor, where: str) -> Axes:
-        result: Axes = []
-        rank = value.dim()
-        for i in range(rank):
-            chosen: Axis | None = None
-            for axes in operands:
-                j = i - (rank - len(axes))
-                if j < 0 or axes[j] == ():
-                    continue
-                if chosen is None:
-                    chosen = axes[j]
-                else:
-                    unify(chosen, axes[j], f"operands of {where}")
-            result.append(chosen if chosen is not None else ())
-        return result
 
     def _linear(self, node: fx.Node) -> Axes:
         x, weight, *rest = node.args
@@ -169,7 +127,7 @@ class Labels:
             unify(out, self.of(bias)[-1], f"bias of %{node.name}")
         if "weight" in weight.meta and (bias is None or "weight" in bias.meta):
             self.linears[node] = Linear(
-                node, x, weight.meta["weight"], bias.meta["weight"] if bias is not None else None, in_axis
+                node, x, weight.meta["weight"], bias.meta["weight"] if bias is not None else None, in_axis, node
             )
         return [*ax[:-1], out]
 
@@ -183,6 +141,8 @@ class Labels:
         if len(ax) < 2 or len(ay) < 2:
             return None
         unify(ax[-1], ay[-2], f"contraction at %{node.name}")
+        if len(ax) == len(ay) == 3:
+            self._bank_product(node, x, y)
         batch = self._broadcast([ax[:-2], ay[:-2]], Rank(max(len(ax), len(ay)) - 2), f"%{node.name}")  # type: ignore[arg-type]
         return [*batch, ax[-2], ay[-1]]
 
@@ -198,151 +158,6 @@ class Labels:
         axes = self.of(weight)  # type: ignore[arg-type]
         lock(axes[0], "rows are looked up by id")
         return [*self.of(ids), axes[1]]  # type: ignore[arg-type]
-
-    def _view(self, node: fx.Node) -> Axes | None:
-        return self._reshape(self.of(node.args[0]), node.meta["val"].shape, f"%{node.name}")  # type: ignore[arg-type]
-
-    def _reshape(self, source: Axes, shape: Any, where: str) -> Axes | None:
-        tokens: list[Atom | Dyn] = [factor for axis in source for factor in flat(axis)]
-        result: Axes = []
-        for size in shape:
-            taken = consume(tokens, size if isinstance(size, int) else size.node.expr, f"view at {where}")
-            if taken is None:
-                return None
-            result.append(taken)
-        return result if not tokens else None
-
-    def _transpose(self, node: fx.Node) -> Axes:
-        axes = self._same(node)
-        i, j = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, 1) if len(axes) == 2 else (-1, -2)
-        axes[i], axes[j] = axes[j], axes[i]  # type: ignore[index]
-        return axes
-
-    def _permute(self, node: fx.Node) -> Axes:
-        axes = self._same(node)
-        return [axes[i] for i in node.args[1]]  # type: ignore[union-attr,index,misc]
-
-    def _unsqueeze(self, node: fx.Node) -> Axes:
-        axes = self._same(node)
-        position = node.args[1]
-        axes.insert(position if position >= 0 else position + len(axes) + 1, ())  # type: ignore[operator,arg-type]
-        return axes
-
-    def _squeeze(self, node: fx.Node) -> Axes | None:
-        axes = self._same(node)
-        if len(node.args) < 2:
-            return [axis for axis in axes if axis != ()]
-        dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-        drop = {d % len(axes) for d in dims if axes[d] == ()}  # type: ignore[operator,index]
-        return [axis for i, axis in enumerate(axes) if i not in drop]
-
-    def _expand(self, node: fx.Node) -> Axes:
-        axes = self._same(node)
-        fresh = self._fresh(node.meta["val"])
-        padded: Axes = [()] * (len(fresh) - len(axes)) + axes
-        return [old if old != () else new for old, new in zip(padded, fresh, strict=True)]
-
-    def _repeat_interleave(self, node: fx.Node) -> Axes | None:
-        if len(node.args) < 3 or not isinstance(node.args[1], int) or not isinstance(node.args[2], int):
-            return None
-        axes = self._same(node)
-        if node.args[1] > 1:
-            axes[node.args[2]] = (*axes[node.args[2]], Atom(node.args[1]))
-        return axes
-
-    def _repeat(self, node: fx.Node) -> Axes | None:
-        axes = self._same(node)
-        counts = node.args[1]
-        padded: Axes = [()] * (len(counts) - len(axes)) + axes  # type: ignore[arg-type]
-        made: Axes = []
-        for count, axis, size in zip(counts, padded, node.meta["val"].shape, strict=True):  # type: ignore[arg-type]
-            if not isinstance(count, int):
-                made.append((Dyn(size.node.expr),) if not isinstance(size, int) else axis)
-            else:
-                made.append(axis if count == 1 else (Atom(count), *axis))
-        return made
-
-    def _cat(self, node: fx.Node) -> Axes | None:
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        # A rotary width equal to the head size leaves an empty rest behind: it joins nothing.
-        sources = [s for s in node.args[0] if s.meta["val"].shape[dim] != 0]  # type: ignore[union-attr,index]
-        operands = [self.of(s) for s in sources]  # type: ignore[arg-type]
-        rank = node.meta["val"].dim()
-        dim = dim % rank  # type: ignore[operator]
-        result = self._broadcast(
-            [[*axes[:dim], (), *axes[dim + 1 :]] for axes in operands], node.meta["val"], f"%{node.name}"
-        )
-        size = node.meta["val"].shape[dim]
-        if not isinstance(size, int):
-            result[dim] = (Dyn(size.node.expr),)
-            return result
-        pieces: list[Axis] = [axes[dim] if axes[dim] != () else (Atom(1),) for axes in operands]
-        joined = Atom(size)
-        bounds = split_sum((joined,), [size_of(piece) for piece in pieces], f"cat at %{node.name}")
-        assert bounds is not None
-        for bound, piece in zip(bounds, pieces, strict=True):
-            unify(bound, piece, f"cat at %{node.name}")
-        result[dim] = (joined,)
-        return result
-
-    def _stack(self, node: fx.Node) -> Axes:
-        sources = [self.of(s) for s in node.args[0]]  # type: ignore[union-attr,arg-type]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        rank = node.meta["val"].dim()
-        merged = self._broadcast(sources, Rank(rank - 1), f"%{node.name}")  # type: ignore[arg-type]
-        atom = Atom(len(sources))
-        lock((atom,), f"stacked at %{node.name}")
-        merged.insert(dim % rank, (atom,))  # type: ignore[operator]
-        return merged
-
-    def _split(self, node: fx.Node) -> list[Axes] | None:
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        source = self.of(node.args[0])  # type: ignore[arg-type]
-        dim = dim % len(source)  # type: ignore[operator]
-        sizes = [value.shape[dim] for value in node.meta["val"]]
-        if not all(isinstance(size, int) for size in sizes):
-            return None
-        pieces = split_sum(source[dim], sizes, f"split at %{node.name}")
-        if pieces is None:
-            return None
-        return [[*source[:dim], piece, *source[dim + 1 :]] for piece in pieces]
-
-    def _unbind(self, node: fx.Node) -> list[Axes] | None:
-        source = self.of(node.args[0])  # type: ignore[arg-type]
-        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(source)  # type: ignore[operator]
-        lock(source[dim], f"unbound at %{node.name}")
-        return [[*source[:dim], *source[dim + 1 :]] for _ in node.meta["val"]]
-
-    def _select(self, node: fx.Node) -> Axes:
-        source = self._same(node)
-        dim = node.args[1] % len(source)  # type: ignore[operator]
-        lock(source[dim], f"one index is selected at %{node.name}")
-        return [*source[:dim], *source[dim + 1 :]]
-
-    def _slice(self, node: fx.Node) -> Axes | None:
-        source = self._same(node)
-        dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)  # type: ignore[operator]
-        size = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
-        step = node.args[4] if len(node.args) > 4 else 1
-        new = node.meta["val"].shape[dim]
-        if not isinstance(size, int):
-            source[dim] = (Dyn(new.node.expr),) if not isinstance(new, int) else self._fresh(node.meta["val"])[dim]
-            return source
-        if new == size and step == 1:
-            return source
-        bounds = slice_bounds(node, size)
-        if step != 1 or bounds is None:
-            return None
-        start, end = bounds
-        if start == end:
-            source[dim] = self._fresh(node.meta["val"])[dim]
-            return source
-        sizes = [n for n in (start, end - start, size - end) if n]
-        pieces = split_sum(source[dim], sizes, f"slice at %{node.name}")
-        if pieces is None:
-            return None
-        source[dim] = pieces[1 if start else 0]
-        return source
 
     def _layer_norm(self, node: fx.Node) -> Axes | None:
         x, sizes = node.args[:2]
@@ -388,14 +203,18 @@ class Labels:
     def _attention(self, node: fx.Node) -> Axes:
         q, k, v = node.args[:3]
         cached = node.target is torch.ops.graphopt.cached_attention.default
-        mask, sinks = node.args[8:10] if cached else node.args[3:5]
+        held = node.target is torch.ops.graphopt.held_attention.default
+        mask, sinks = node.args[8:10] if cached or held else node.args[3:5]
+        mask = None if held else mask
         aq, ak, av = self.of(q), self.of(k), self.of(v)  # type: ignore[arg-type]
         where = f"attention at %{node.name}"
         unify(ak[1], av[1], where)
         unify(aq[3], ak[3], where)
-        if cached:
+        if cached or held:
             for axis in (ak[1], ak[3], av[3]):
                 lock(axis, f"the cache of the {where} has its size; cut before insert_cache")
+        if node.target is torch.ops.graphopt.bounded_attention.default:
+            lock(ak[1], f"the policy of the {where} names its KV heads; cut before bound_cache")
         if ak[1] != ():
             heads, kv_heads = size_of(aq[1]), size_of(ak[1])
             grouped: Axis = (*ak[1], Atom(heads // kv_heads)) if heads != kv_heads else ak[1]
@@ -436,7 +255,22 @@ def _table() -> dict[Any, str]:
         "_matmul": [aten.matmul, aten.mm, aten.bmm],
         "_baddbmm": [aten.baddbmm],
         "_embedding": [aten.embedding],
-        "_view": [aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten],
+        "_top_k": [aten.topk, aten.sort],
+        "_arg_top": [aten.argmax, aten.argmin, aten.argsort],
+        "_gather": [aten.gather],
+        "_scatter": [aten.scatter],
+        "_index": [aten.index],
+        "_one_hot": [aten.one_hot],
+        "_expand_as": [aten.expand_as],
+        "_view": [
+            aten.view,
+            aten.reshape,
+            aten._unsafe_view,
+            aten.flatten,
+            aten.unflatten,
+            aten.view_as,
+            aten.reshape_as,
+        ],
         "_transpose": [aten.transpose, aten.t, aten.swapaxes, aten.mT, aten.numpy_T],
         "_permute": [aten.permute],
         "_unsqueeze": [aten.unsqueeze],
@@ -453,11 +287,16 @@ def _table() -> dict[Any, str]:
         "_layer_norm": [aten.layer_norm],
         "_rms_norm": [torch.ops.graphopt.rms_norm],
         "_rotary": [torch.ops.graphopt.rotary],
-        "_attention": [torch.ops.graphopt.attention, torch.ops.graphopt.cached_attention],
+        "_attention": [
+            torch.ops.graphopt.attention,
+            torch.ops.graphopt.bounded_attention,
+            torch.ops.graphopt.cached_attention,
+            torch.ops.graphopt.held_attention,
+        ],
         "_attention_mask": [torch.ops.graphopt.attention_mask],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
-        "_factory": [aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor],
+        "_factory": [aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor, aten.eye],
         "_same": [
             aten.contiguous,
             aten.clone,

@@ -65,7 +65,7 @@ def consume(tokens: list[Atom | Dyn], size: Any, where: str) -> Axis | None:
                 if not whole(part):
                     return None
                 need = sympy.simplify(size / have)
-                tokens[0:1] = [Dyn(need), Dyn(part) if part != 1 else Dyn(sympy.Integer(1))]
+                tokens[0:1] = [Dyn(need), Atom(int(part)) if part.is_Integer and part != 1 else Dyn(part)]
                 continue
             taken.append(token)
             tokens.pop(0)

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from graphopt.views.atoms import Atom, Axis, flat, leaves
-from graphopt.views.labels import Labels, Linear
+from graphopt.views.labels import Labels
+from graphopt.views.routing import Linear
 
 aten = torch.ops.aten
 
@@ -136,8 +137,11 @@ def elementwise_sources(labels: Labels, node: fx.Node) -> tuple[list[fx.Node], l
         if current in seen or current.op != "call_function" or isinstance(current.meta["val"], int | torch.SymInt):
             continue
         seen.add(current)
-        if current in labels.linears:
-            products.append(labels.linears[current])
+        product = labels.linears.get(current) or labels.bank_linears.get(current)
+        if product is not None:
+            products.append(product)
+            continue
+        if (_small(current) and not _small(node)) or _picked_bias(current):
             continue
         packet = getattr(current.target, "overloadpacket", None)
         pointwise = torch.Tag.pointwise in getattr(current.target, "tags", ())
@@ -157,10 +161,32 @@ LAYOUT = {
     aten.split,
     aten.split_with_sizes,
     aten.chunk,
+    aten.unbind,
     aten.slice,
+    aten.select,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.transpose,
+    aten.permute,
     aten.to,
     aten.clone,
+    aten.layer_norm,
+    torch.ops.graphopt.rms_norm,
 }
+
+
+def _small(node: fx.Node) -> bool:
+    """Whether a factor of a product has one entry a token or fewer: routing weights, gains, biases picked by index."""
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == 1
+
+
+def _picked_bias(node: fx.Node) -> bool:
+    """Whether a node is the rows of a table of biases that an index chooses: one a token's expert."""
+    table = node.args[0] if getattr(node.target, "overloadpacket", None) is aten.index else None
+    return isinstance(table, fx.Node) and "weight" in table.meta and table.meta["val"].dim() == 2
+
+
 ACTIVATIONS = {
     aten.silu,
     aten.gelu,
@@ -177,24 +203,24 @@ ACTIVATIONS = {
 }
 
 
+# What activations that a model spells out are made of; a known function among them gives the name.
+SPELLED = {aten.expm1, aten.exp, aten.pow, aten.square, aten.clamp, aten.where, aten.maximum}
+
+
 def activation(node: fx.Node) -> bool:
     """Whether a node is a known activation function."""
     return getattr(node.target, "overloadpacket", None) in ACTIVATIONS
+
+
+def spelled(node: fx.Node) -> bool:
+    """Whether a node is a nonlinear piece of an activation function."""
+    return getattr(node.target, "overloadpacket", None) in SPELLED
 
 
 def gate_of(products: list[Linear], activation: fx.Node) -> Linear:
     """Of two products the one that goes through the activation."""
     behind = reachable([activation], lambda n: n.all_input_nodes if n.op == "call_function" else ())
     return next((p for p in products if p.node in behind), products[0])
-
-
-def piece_users(labels: Labels, product: Linear, down: Linear) -> list[Axis]:
-    """Pieces of a packed gate-and-up projection: more than one when its output is split before the activation."""
-    axis = labels.of(product.node)[-1]
-    factors = flat(axis)
-    if len(factors) == 1 and isinstance(factors[0], Atom) and factors[0].parts is not None:
-        return list(factors[0].parts.axes)
-    return [axis]
 
 
 def positions(q: fx.Node) -> str:

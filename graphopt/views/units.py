@@ -1,4 +1,4 @@
-"""Prunable units: heads, KV groups, neurons and hidden dimensions, with every weight slice that goes with each."""
+"""Prunable units: heads, KV groups, neurons, experts and hidden dimensions, with every weight slice that goes with each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.views.atoms import Atom, Axis, Indices, coordinates, find, leaves
-from graphopt.views.labels import Linear
-from graphopt.views.model import Block, Views
+from graphopt.views.kinds import Block
+from graphopt.views.model import Views
+from graphopt.views.routing import Linear
 
-FAMILIES = ("query", "kv_group", "neuron", "hidden")
+FAMILIES = ("query", "kv_group", "neuron", "expert", "hidden")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,28 +64,43 @@ class UnitGroup:
 
 
 def unit_groups(views: Views, family: str) -> tuple[UnitGroup, ...]:
-    """All groups of one family (`query`, `kv_group`, `neuron`, `hidden`), in layer order."""
-    found = []
+    """All groups of one family (`query`, `kv_group`, `neuron`, `expert`, `hidden`), in layer order.
+
+    Views that share their weights are one group, that of the first of them.
+    """
+    found: list[UnitGroup] = []
+    seen: set[tuple[Atom, Atom | None]] = set()
+
+    def add(path: str, block: Block | None, leaf: Atom | None, by: Atom | None = None) -> None:
+        if leaf is None:
+            return
+        key = (find(leaf), find(by) if by is not None else None)
+        if key not in seen:
+            seen.add(key)
+            found.append(_group(views, path, family, block, *key))
+
     for block in views.blocks:
-        if family in ("query", "kv_group"):
-            for attention in block.attentions:
-                leaf, by = attention.kv_group, None
-                if family == "query" and attention.heads != attention.kv_heads:
-                    leaf, by = attention.query_group, attention.kv_group
-                if leaf is not None:
-                    found.append(_group(views, attention.path, family, block, leaf, by))
-        elif family == "neuron":
-            for feed_forward in block.feed_forwards:
-                found.append(_group(views, feed_forward.path, family, block, feed_forward.neuron, None))
-    if family == "hidden" and views.blocks:
-        for leaf in dict.fromkeys(leaves(views.hidden)):
-            found.append(_group(views, "residual", family, None, leaf, None))
+        for attention in block.attentions if family in ("query", "kv_group") else ():
+            grouped = family == "query" and attention.heads != attention.kv_heads
+            leaf, by = (attention.query_group, attention.kv_group) if grouped else (attention.kv_group, None)
+            add(attention.path, block, leaf, by)
+        if family == "neuron":
+            for dense in block.feed_forwards:
+                add(dense.path, block, dense.neuron)
+            for bank in block.experts:
+                add(bank.path, block, bank.neuron)
+        for experts in block.experts if family == "expert" else ():
+            add(experts.path, block, experts.expert)
+    if family == "hidden":
+        stacks = {block.stack: block for block in reversed(views.blocks)}
+        for stack, block in sorted(stacks.items()):
+            name = "residual" if len(stacks) == 1 else f"residual {stack}"
+            for leaf in dict.fromkeys(leaves(views.labels.of(block.entry)[-1])):
+                add(name, None, leaf)
     return tuple(found)
 
 
 def _group(views: Views, path: str, family: str, block: Block | None, leaf: Atom, by: Atom | None) -> UnitGroup:
-    leaf = find(leaf)
-    by = find(by) if by is not None else None
     rows = by.size if by is not None else 1
 
     def unit_of(axis: Axis) -> Indices:

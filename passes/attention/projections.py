@@ -50,7 +50,8 @@ class Side:
     """One projection of an attention.
 
     `rows` `[heads, D]` numbers the weight's rows (for the output its columns); `nodes` lie between the projection and
-    the attention, `numbers` holds what each carries; `pairs` `[F, 2]` are the features that rotary embedding turns.
+    the attention, `numbers` holds what each carries; `pairs` `[F, 2]` are the features that rotary embedding turns;
+    `gated` says that a tensor of the same shape multiplies in between, so that features cannot be mixed or moved.
     """
 
     linear: Linear
@@ -59,6 +60,7 @@ class Side:
     numbers: dict[fx.Node, Any]
     pairs: Tensor
     normed: bool
+    gated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +125,12 @@ def _input_side(core: fx.Node, position: int, linear: Linear) -> Side:
     rank = linear.node.meta["val"].dim()
     numbers: dict[fx.Node, Any] = {linear.node: torch.arange(out).reshape(*[1] * (rank - 1), out)}
     nodes = _region(linear.node, end)
-    turned, normed = _send(nodes[1:], numbers)
+    turned, normed, gated = _send(nodes[1:], numbers)
+    if gated and position:
+        raise Unfit(f"its {'keys' if position == 1 else 'values'} are multiplied by another tensor, feature by feature")
     arrived = numbers[end]
     rows = arrived[0, :, 0, :]
-    return Side(linear, rows, nodes, numbers, _pairs(turned, rows), normed)
+    return Side(linear, rows, nodes, numbers, _pairs(turned, rows), normed, gated)
 
 
 def _output_side(core: fx.Node, linear: Linear) -> Side:
@@ -134,14 +138,15 @@ def _output_side(core: fx.Node, linear: Linear) -> Side:
     heads, width = int(value.shape[1]), int(value.shape[3])
     numbers: dict[fx.Node, Any] = {core: torch.arange(heads * width).reshape(1, heads, 1, width)}
     nodes = _region(core, linear.x)
-    _send(nodes[1:], numbers)
+    _, _, gated = _send(nodes[1:], numbers)
     inside = {*nodes, linear.node}
     for node in nodes:
         _check_users(node, inside, "results")
     arrived = numbers[linear.x].reshape(-1)
     if not torch.equal(arrived.sort().values, torch.arange(heads * width)):
         raise Unfit("the output projection does not read every feature of every head once")
-    return Side(linear, torch.argsort(arrived).reshape(heads, width), nodes, numbers, torch.empty(0, 2).long(), False)
+    rows = torch.argsort(arrived).reshape(heads, width)
+    return Side(linear, rows, nodes, numbers, torch.empty(0, 2).long(), False, gated)
 
 
 def _width(node: fx.Node) -> int:
@@ -166,10 +171,10 @@ def _region(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(sorted(ahead))
 
 
-def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list[tuple[Tensor, bool]], bool]:
-    """Run layout operations on row numbers; returns what rotary embedding turns, and whether a norm was met."""
+def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list[tuple[Tensor, bool]], bool, bool]:
+    """Run layout operations on row numbers; returns what rotary embedding turns, and whether norms and gates were met."""
     turned: list[tuple[Tensor, bool]] = []
-    normed = False
+    normed = gated = False
     for node in nodes:
         packet = getattr(node.target, "overloadpacket", node.target)
         source = numbers.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
@@ -185,6 +190,9 @@ def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list
             numbers[node] = source
         elif source is not None and (packet is aten.to or _scales(node)):
             numbers[node] = source
+        elif packet is aten.mul and (factor := _factor(node, numbers)) is not None:
+            numbers[node], uniform = factor
+            gated = gated or not uniform
         elif not isinstance(node.meta.get("val"), Tensor | tuple | list):
             continue
         elif packet in _LAYOUT or node.target is operator.getitem:
@@ -194,7 +202,25 @@ def _send(nodes: tuple[fx.Node, ...], numbers: dict[fx.Node, Any]) -> tuple[list
         else:
             name = str(packet).replace("graphopt.", "")
             raise Unfit(f"{name} at %{node.name} lies between a projection and the attention")
-    return turned, normed
+    return turned, normed, gated
+
+
+def _factor(node: fx.Node, numbers: dict[fx.Node, Any]) -> tuple[Tensor, bool] | None:
+    """What a product of a side and another tensor carries, and whether that tensor is one number a token."""
+    sides = [a for a in node.args if isinstance(a, fx.Node)]
+    known = [a for a in sides if isinstance(numbers.get(a), Tensor)]
+    if len(sides) != 2 or len(known) != 1:
+        return None
+    value = next(a for a in sides if a is not known[0]).meta["val"]
+    carried: Tensor = numbers[known[0]]
+    if value.dim() > carried.dim():
+        return None
+    # Of the axes on which the numbers differ (heads, features) a number a token has one entry.
+    sizes = [1] * (carried.dim() - value.dim()) + list(value.shape)
+    wide = [
+        mine > 1 and not (isinstance(size, int) and size == 1) for mine, size in zip(carried.shape, sizes, strict=True)
+    ]
+    return carried, not any(wide)
 
 
 def _scales(node: fx.Node) -> bool:

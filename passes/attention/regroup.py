@@ -79,6 +79,11 @@ class Regroup(Edit):
         self._layouts(heads)
         if heads.attention.kv_group is None:
             raise Unfit("its KV heads have no axis of their own")
+        maps = self._maps()
+        for side, name in ((heads.q, "q"), (heads.o, "o")):
+            if side.gated and not maps[name].trivial:
+                what = "queries" if name == "q" else "results"
+                raise Unfit(f"its {what} are gated, so that they can be neither mixed nor moved; init: mean is legal")
         mask, sinks = heads.attention.core.args[3:5]
         if not self.moved:
             return
@@ -141,8 +146,11 @@ class Regroup(Edit):
             today = rewriter.node(node)
             for position, argument in enumerate(schema.arguments[: len(node.args)]):
                 sizes = node.args[position]
-                if argument.name not in ("size", "shape") or not isinstance(sizes, list | tuple):
+                if argument.name not in ("size", "shape", "sizes") or not isinstance(sizes, list | tuple):
                     continue
+                if argument.name == "sizes":  # Of unflatten: the axes that one axis of the source becomes.
+                    first = node.args[1] % node.args[0].meta["val"].dim()  # type: ignore[operator,union-attr]
+                    axes = axes[first : first + len(sizes)]
                 scaled = [
                     size // before * after if isinstance(size, int) and size > 1 and counted in leaves(axis) else now
                     for size, axis, now in zip(sizes, axes, today.args[position], strict=True)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from graphopt.select.allocate import Budget, Candidate, check_units, explicit, p
 from graphopt.select.options import Explicit, Global, PerLayer
 from graphopt.select.score import score
 from graphopt.select.score import taps as score_taps
-from graphopt.views import Keep, UnitGroup, Views, cut, leaves, unit_groups
+from graphopt.views import Experts, FeedForward, Keep, UnitGroup, Views, cut, leaves, unit_groups
 
 Table = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
@@ -62,7 +62,7 @@ def candidates(config: WidthPass, context: Context) -> tuple[list[UnitGroup], li
     for family in config.families:
         found = unit_groups(context.views, family)
         for group in found:
-            reason = _reason(context, group)
+            reason = _reason(config, context, group)
             if reason is None:
                 groups.append(group)
             else:
@@ -71,7 +71,7 @@ def candidates(config: WidthPass, context: Context) -> tuple[list[UnitGroup], li
     return groups, declines
 
 
-def _reason(context: Context, group: UnitGroup) -> str | None:
+def _reason(config: WidthPass, context: Context, group: UnitGroup) -> str | None:
     views = context.views
     if group.family == "hidden":
         if context.paths or len(context.layers) != len(views.blocks):
@@ -86,6 +86,8 @@ def _reason(context: Context, group: UnitGroup) -> str | None:
         return group.locked[0]
     if group.units < 2:
         return "it has a single unit"
+    if config.compensation == "mean_bias" and any(consumer.linear.bank for consumer in group.consumers):
+        return "each expert would need a mean and a bias of its own; compensate: none works"
     if group.family == "hidden":
         return _refusal(views, group)
     for node, axis in views.labels.norms.items():
@@ -113,13 +115,21 @@ def _missing(views: Views, family: str, seen: set[str]) -> list[Decline]:
     if family == "hidden":
         return [] if seen else [Decline("residual:hidden", "no residual stream was found")]
     if family == "neuron":
-        parts = [(view.path, "it lies outside the blocks") for view in views.feed_forwards]
+        parts = [(dense.path, _outside(views, dense)) for dense in views.feed_forwards]
+        parts += [(bank.path, _outside(views, bank)) for bank in views.experts]
+        missed = [one for one in views.unseen if one.what.startswith(("feed-forward ", "experts "))]
+        parts += [(one.what.partition(" ")[2], one.reason) for one in missed]
     else:
         parts = [(view.path, _no_heads(view.kv_heads, family)) for view in views.attentions]
     if not parts:
         what = "feed-forward of more than one neuron" if family == "neuron" else "attention"
         return [Decline(f"model:{family}", f"no {what} was found")]
     return [Decline(f"{path}:{family}", reason) for path, reason in parts if path not in seen]
+
+
+def _outside(views: Views, view: FeedForward | Experts) -> str:
+    inside = any(view in (*block.feed_forwards, *block.experts) for block in views.blocks)
+    return "it shares its weights with one that came before" if inside else "it lies outside the blocks"
 
 
 def _no_heads(kv_heads: int, family: str) -> str:
@@ -194,6 +204,8 @@ def sizes(views: Views, group: UnitGroup) -> dict[str, int]:
     elif group.family == "neuron":
         found["neurons"] = group.units
         found["hidden"] = int(views.blocks[group.layer].entry.meta["val"].shape[-1])
+    elif group.family == "expert":
+        found["experts"] = group.units
     else:
         found["hidden"] = group.units
     return found
@@ -207,12 +219,16 @@ def cost(account: str, group: UnitGroup, views: Views) -> int:
         return group.parameters
     if account == "kv_bytes":
         return group.kv_width * int(views.program.dtype.itemsize)
-    products = {linear.weight for linear in views.labels.linears.values()}
+    products = {linear.weight: 1.0 for linear in views.labels.linears.values()}
+    for bank in views.experts:
+        share = (bank.top_k or bank.experts) / bank.experts
+        products |= dict.fromkeys((bank.up.weight, (bank.gate or bank.up).weight, bank.down.weight), share)
     total = 0
     for occurrence in group.occurrences:
         if occurrence.weight in products:
             shape = views.program.weights[occurrence.weight].expr.shape
-            total += 2 * int(np.prod(shape)) * int((occurrence.unit >= 0).sum()) // len(occurrence.unit)
+            each = 2 * int(np.prod(shape)) * int((occurrence.unit >= 0).sum()) // len(occurrence.unit)
+            total += int(products[occurrence.weight] * each)
     return total // group.units
 
 

@@ -1,0 +1,56 @@
+"""Take the repetition of key-value heads out in front of `graphopt::attention`, which shares heads by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.frontend.matching import is_op, through
+
+aten = torch.ops.aten
+
+
+def share_heads(graph: fx.Graph) -> None:
+    """Let every attention whose keys and values are repeated head by head read them as they were before."""
+    for node in list(graph.nodes):
+        if not is_op(node, torch.ops.graphopt.attention):
+            continue
+        q, k, v = node.args[:3]
+        found = [_unrepeated(graph, node, side) for side in (k, v)]
+        if None in found or q.meta["val"].dim() != 4:
+            continue
+        sizes = {side.meta["val"].shape[1] for side in found}  # type: ignore[union-attr]
+        heads = q.meta["val"].shape[1]
+        if len(sizes) == 1 and all(isinstance(size, int) and heads % size == 0 for size in (heads, *sizes)):
+            node.args = (q, *found, *node.args[3:])
+
+
+def _unrepeated(graph: fx.Graph, reader: fx.Node, x: Any) -> fx.Node | None:
+    """[B, K, T, D] behind [B, K * G, T, D] in which each head stands G times in a row."""
+    if is_op(x, aten.repeat_interleave) and len(x.args) == 3 and x.args[2] in (1, -3) and isinstance(x.args[1], int):
+        return x.args[0]  # type: ignore[no-any-return]
+    turned = is_op(x, aten.transpose) and {a % 4 for a in x.args[1:3]} == {1, 2}
+    joined = x.args[0] if turned else x
+    if not is_op(joined, aten.reshape, aten.view, aten._unsafe_view, aten.flatten):
+        return None
+    wide = through(joined.args[0], aten.clone, aten.contiguous)
+    if not is_op(wide, aten.expand) or wide.meta["val"].dim() != 5:
+        return None
+    narrow, place = wide.args[0], 3 if turned else 2
+    before, after, flat = narrow.meta["val"].shape, wide.meta["val"].shape, joined.meta["val"].shape
+    same = all(str(a) == str(b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if i != place)
+    merged = [str(size) for i, size in enumerate(after) if i not in (place - 1, place)]
+    rest = [str(size) for i, size in enumerate(flat) if i != place - 1]
+    if len(before) != 5 or before[place] != 1 or not same or merged != rest:
+        return None
+    with graph.inserting_before(reader):
+        made = _call(graph, x, aten.squeeze.dim, narrow, place)
+        return _call(graph, x, aten.transpose.int, made, 1, 2) if turned else made
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    made = graph.call_function(target, args)
+    made.meta = {**like.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
+    return made

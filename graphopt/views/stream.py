@@ -1,0 +1,212 @@
+"""Residual streams: the points that every path from an embedding to the result passes, and the layers between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import networkx as nx
+import torch
+from torch import fx
+
+from graphopt.ir.program import Program
+from graphopt.views.kinds import SubLayer
+from graphopt.views.trace import derives_from, reachable, same_shape
+
+aten = torch.ops.aten
+
+_RESIDUAL = {
+    aten.add,
+    aten.sub,
+    aten.mul,
+    aten.div,
+    aten.to,
+    aten.contiguous,
+    aten.clone,
+    aten.layer_norm,
+    aten.permute,
+    aten.transpose,
+    aten.view,
+    aten.reshape,
+    torch.ops.graphopt.rms_norm,
+}
+_CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.convolution}
+_RECURRENCES = {aten.cumsum, aten.cumprod, aten.tril, aten.triu, aten.einsum, aten.bmm, aten.matmul, aten.logcumsumexp}
+
+
+def starts(program: Program) -> tuple[fx.Node, ...]:
+    """Where residual streams may begin: embeddings of tokens, in graph order, then inputs of numbers."""
+    given = {spec.name for spec in program.entry.inputs if spec.role in ("tokens", "values")}
+    embedded: list[fx.Node] = []
+    numbers: list[fx.Node] = []
+    for node in program.graph.graph.nodes:
+        if node.target is aten.embedding.default and derives_from(node.args[1], given):
+            embedded.append(node)
+        elif node.meta.get("input") in given and node.meta["val"].dtype.is_floating_point:
+            numbers.append(node)
+    return (*embedded, *numbers)
+
+
+def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[fx.Node]]:
+    """Nodes that every path from `start` to the first result passes, in order, and all nodes on such paths."""
+    result = program.output_nodes[0]
+    forward = reachable([start], lambda n: n.users)
+    both = {n for n in reachable([result], lambda n: n.all_input_nodes) if n in forward}
+    if result not in both:
+        return (), both
+    if start is result:
+        return (start,), both
+    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
+    for node in both:
+        for user in node.users:
+            if user in both:
+                graph.add_edge(user, node)
+    dominators = nx.immediate_dominators(graph, result)
+    # Walking dominators of the reversed graph from the start lists the points in stream order.
+    points, node = [start], start
+    while node is not result:
+        node = dominators[node]
+        points.append(node)
+    return tuple(points), both
+
+
+def sublayers(
+    points: Sequence[fx.Node],
+    inside: set[fx.Node],
+    order: dict[fx.Node, int],
+    cores: set[fx.Node],
+    downs: set[fx.Node],
+) -> tuple[SubLayer, ...]:
+    """Regions between consecutive points of a stream, with what they hold."""
+    found = []
+    for entry, exit in pairwise(points):
+        nodes = _between(entry, exit, inside)
+        attends = any(node in cores for node in nodes)
+        feeds = any(node in downs for node in nodes)
+        kind = {(True, True): "parallel", (True, False): "attention", (False, True): "feed_forward"}.get(
+            (attends, feeds), "other"
+        )
+        residual = same_shape(entry, exit) and _is_residual(entry, exit, nodes)
+        if residual and not attends and mixing(nodes) is not None:
+            kind = "mixer"
+        found.append(SubLayer(kind, entry, exit, tuple(sorted(nodes, key=order.__getitem__)), residual))
+    return tuple(found)
+
+
+def _between(entry: fx.Node, exit: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """Nodes on paths from entry (excluded) to exit (included): every way on from the entry leads through the exit."""
+    found: set[fx.Node] = set()
+    stack = [entry]
+    while stack:
+        for user in stack.pop().users:
+            if user in inside and user not in found:
+                found.add(user)
+                if user is not exit:
+                    stack.append(user)
+    return found
+
+
+def _is_residual(entry: fx.Node, exit: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether the exit is the entry plus something, through sums, scales, norms and layouts alone."""
+    stack, seen = [exit], {exit}
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source is entry:
+                return True
+            if source in nodes and source not in seen and getattr(source.target, "overloadpacket", None) in _RESIDUAL:
+                seen.add(source)
+                stack.append(source)
+    return False
+
+
+def mixing(nodes: set[fx.Node]) -> str | None:
+    """How a region without attention mixes tokens: `convolution`, `recurrence`, or None when it treats each alone."""
+    kinds = set()
+    for node in nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _CONVOLUTIONS:
+            kinds.add("convolution")
+        elif (
+            (packet in _RECURRENCES and _mixes(node, packet))
+            or "scan" in str(getattr(node.target, "_name", ""))
+            or str(node.target).startswith("while_loop")
+        ):
+            kinds.add("recurrence")
+    return "recurrence" if "recurrence" in kinds else "convolution" if kinds else None
+
+
+def _mixes(node: fx.Node, packet: object) -> bool:
+    """Whether an operation joins entries of one sequence: sums along it, and products of two activations."""
+    if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.tril, aten.triu):
+        return bool(node.meta["val"].dtype.is_floating_point)
+    factors = node.args[1] if packet is aten.einsum else node.args[:2]
+    return all(isinstance(f, fx.Node) and not _from_weights(f) for f in factors)  # type: ignore[union-attr]
+
+
+def _from_weights(node: fx.Node) -> bool:
+    """Whether a factor is a weight, a rearranged one, or one that is picked by index."""
+    while "weight" not in node.meta:
+        packet = getattr(node.target, "overloadpacket", None)
+        layout = (aten.index, aten.transpose, aten.t, aten.permute, aten.to, aten.view, aten.reshape, aten.unsqueeze)
+        if packet not in (*layout, aten.expand, aten.contiguous, aten.select, aten.slice):
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
+
+
+_LETTER = {"attention": "a", "mixer": "a", "parallel": "p", "feed_forward": "f", "other": "o"}
+
+
+def layers(found: Sequence[SubLayer], crosses: set[SubLayer]) -> list[list[SubLayer]]:
+    """Runs of residual sub-layers cut into layers.
+
+    Where the kinds repeat with a period, each period is a layer; elsewhere a layer begins at a sub-layer that mixes
+    tokens, cross-attention that follows another attention excepted. What is left over at either end (embedding norms,
+    final norms) belongs to no layer.
+    """
+    runs: list[list[SubLayer]] = [[]]
+    for sublayer in found:
+        if sublayer.residual or (sublayer.kind == "other" and same_shape(sublayer.entry, sublayer.exit)):
+            runs[-1].append(sublayer)
+        elif runs[-1]:
+            runs.append([])
+    made: list[list[SubLayer]] = []
+    for run in runs:
+        kinds = "".join("c" if s in crosses else _LETTER[s.kind] for s in run)
+        made.extend(run[a:b] for a, b in _cuts(kinds))
+    return made
+
+
+def _cuts(kinds: str) -> list[tuple[int, int]]:
+    begin = len(kinds) - len(kinds.lstrip("o"))
+    if not set(kinds) & set("apc"):
+        return []
+    for period in range(1, (len(kinds) - begin) // 2 + 1):
+        unit = kinds[begin : begin + period]
+        count = 1
+        while kinds[begin + count * period : begin + (count + 1) * period] == unit:
+            count += 1
+        rest = kinds[begin + count * period :]
+        if count > 1 and set(unit) & set("apc") and not rest.strip("o"):
+            return [(begin + i * period, begin + (i + 1) * period) for i in range(count)]
+    return _irregular(kinds)
+
+
+def _irregular(kinds: str) -> list[tuple[int, int]]:
+    firsts: list[int] = []
+    fed = True
+    for i, kind in enumerate(kinds):
+        if kind in "ap" or (kind == "c" and fed):
+            firsts.append(i)
+        fed = kind in "fp" or (fed and kind != "a")
+    bounds = list(zip(firsts, [*firsts[1:], len(kinds)], strict=True))
+    first, end = bounds[-1]
+    tail = kinds[first:end]
+    if len(bounds) > 1 and tail.startswith(previous := kinds[slice(*bounds[-2])]):
+        bounds[-1] = (first, first + len(previous))
+    else:
+        # A norm after the last part stays with it only where norms stand between the parts as well.
+        body = tail.rstrip("o")
+        bounds[-1] = (first, first + len(body) + ("o" in body and tail != body))
+    return bounds
