@@ -183,7 +183,10 @@ def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
     if sizes_of(q)[2] != length:
         return ZERO, 0
     if core.target is torch.ops.graphopt.bounded_attention.default:
-        heads, sink, recent, heavy, compensate = core.args[11:16]
+        gates, heads, sink, recent, heavy, compensate = core.args[10:16]
+        if gates is not None:
+            # Gates decide nothing yet.
+            heads = ()
         held = sympy.Min(length, sink + recent + heavy + compensate)  # type: ignore[operator]
         share = sympy.Rational(len(heads), kv_heads)  # type: ignore[arg-type]
         return batch * (share * held + (1 - share) * length) * token, int(token)

@@ -22,6 +22,7 @@ BUILT_IN = {
     "insert_cache": "graphopt.passes.cache.insert_cache:InsertCache",
     "insert_exit": "graphopt.passes.speculative.insert_exit:InsertExit",
     "insert_heads": "graphopt.passes.speculative.insert_heads:InsertHeads",
+    "learn_gates": "graphopt.passes.cache.learn_gates:LearnGates",
     "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",

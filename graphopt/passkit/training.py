@@ -48,6 +48,8 @@ class Losses(Strict):
     logits: LogitsLoss | None = None
     hidden: HiddenLoss | None = None
     heads: HeadsLoss | None = None
+    gates: Weight = 0.0
+    """weight of the mean gate of bounded caches, in 0..1 (DuoAttention, arXiv 2410.10819)"""
 
     @property
     def needs_teacher(self) -> bool:
@@ -56,7 +58,11 @@ class Losses(Strict):
 
     @model_validator(mode="after")
     def _some(self) -> Losses:
-        weights = [self.next_token, *(term.weight for term in (self.logits, self.hidden, self.heads) if term)]
+        weights = [
+            self.next_token,
+            self.gates,
+            *(term.weight for term in (self.logits, self.hidden, self.heads) if term),
+        ]
         if not any(weights):
             raise ScalarError.about("no_loss", "all loss terms have weight 0", help=("write logits: {weight: 1}",))
         return self

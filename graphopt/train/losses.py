@@ -107,6 +107,20 @@ class DraftHeads(Term):
         return total
 
 
+@dataclass(frozen=True)
+class GateSize(Term):
+    """Mean over layers of the mean absolute gate of their KV heads (DuoAttention, arXiv 2410.10819)."""
+
+    weight: float
+    student: tuple[str, ...]
+    teacher: tuple[str, ...] = ()
+    name: str = "gates"
+
+    def __call__(self, ids: torch.Tensor, student: Values, teacher: Values) -> torch.Tensor:
+        """Gates `[K]`, which the text has no say in."""
+        return torch.stack([student[name].abs().mean() for name in self.student]).mean()
+
+
 def terms_of(losses: Losses, student: Program, teacher: Program | None) -> tuple[Term, ...]:
     """The terms that a spec names, bound to nodes of two programs; raises PlanError when they do not fit."""
     if losses.needs_teacher and teacher is None:
@@ -121,6 +135,8 @@ def terms_of(losses: Losses, student: Program, teacher: Program | None) -> tuple
         found.append(_hidden(losses.hidden, student, teacher))
     if losses.heads is not None:
         found.append(_heads(losses.heads, student))
+    if losses.gates:
+        found.append(_gates(losses.gates, student))
     return tuple(term for term in found if term.weight)
 
 
@@ -156,6 +172,14 @@ def _heads(loss: HeadsLoss, student: Program) -> Term:
         raise PlanError.of("no_heads", "the program has no draft heads to train", help=("put insert_heads before it",))
     first = 0 if early else 1
     return DraftHeads(loss.weight, (student.output_nodes[0].name, *heads), first, loss.decay, loss.target)
+
+
+def _gates(weight: float, student: Program) -> Term:
+    cores = [n for n in student.graph.graph.nodes if n.target is torch.ops.graphopt.bounded_attention.default]
+    names = [node.args[10].name for node in cores if node.args[10] is not None]
+    if not names:
+        raise PlanError.of("no_gates", "the program has no gates to train", help=("put learn_gates before it",))
+    return GateSize(weight, tuple(names))
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,46 @@ class Bound(Edit):
         rewriter.replace(core, made)
 
 
+@dataclass(frozen=True, eq=False)
+class Gate(Edit):
+    """Mix whole and bounded attention of each KV head by gates, which begin at 1: whole."""
+
+    view: str
+    node: str
+    kv_heads: int
+    sink: int
+    recent: int
+
+    @property
+    def candidate(self) -> str:
+        """The attention."""
+        return self.view
+
+    @property
+    def weight(self) -> str:
+        """The name of its gates."""
+        return f"{self.view}.gates"
+
+    def describe(self) -> str:
+        """How many gates, between what."""
+        return f"{self.view}: {self.kv_heads} gates between everything and {self.sink} first + {self.recent} last"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the trail."""
+        return {"edit": "gate", **asdict(self)}
+
+    def apply(self, rewriter: Rewriter, views: Views) -> None:
+        """The attention with its gates."""
+        core = rewriter.node(self.node)
+        gates = rewriter.add_weight(self.weight, Const(torch.ones(self.kv_heads), torch.float32))
+        policy = (list(range(self.kv_heads)), self.sink, self.recent, 0, False)
+        made = rewriter.call(ops.bounded_attention.default, *core.args[:9], None, gates, *policy, before=core)
+        rewriter.replace(core, made)
+
+    def emulate(self, rewriter: Rewriter, views: Views) -> None:
+        """Nothing: gates of 1 change nothing."""
+
+
 def fits(attention: Attention) -> str | None:
     """Why the cache of an attention cannot be bounded; None when it can."""
     core = attention.core
