@@ -115,6 +115,19 @@ _INNER = {
     "vocab_size_per_layer_input": 96,
 }
 _WIDE_HEADS = {"head_dim": 16, "hidden_size": 64, "intermediate_size": 112}
+# A backbone of transformers' own where the default one needs another package.
+_BACKBONE: dict[str, Any] = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "out_features": ["stage2"],
+    },
+}
 RECIPES: tuple[dict[str, Any], ...] = (
     _SIZES,
     _SIZES | _LATENT,
@@ -126,6 +139,7 @@ RECIPES: tuple[dict[str, Any], ...] = (
     _SIZES | _LATENT | _INNER | {"num_key_value_heads": 4},
     _SIZES | _LATENT | _INNER | _WIDE_HEADS,
     _SIZES | _INNER | {"head_dim": 16},
+    _SIZES | _BACKBONE,
     _SIZES | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192},
     _SIZES | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 384},
     # The class's own sizes with fewer layers.
@@ -161,7 +175,7 @@ def _shrink(cls: Any, given: dict[str, Any], recipe: dict[str, Any]) -> Any:
             values[own if own in known else name] = [value] * len(known.get(own, known.get(name))) if pair else value
     for name in defaults.sub_configs:
         part = getattr(defaults, name, None)
-        if part is not None:
+        if part is not None and name not in recipe:
             values[name] = _shrink(type(part), {}, recipe)
     depth = getattr(defaults, "num_hidden_layers", None)
     for name, value in known.items():
@@ -186,6 +200,7 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
     for number, recipe in enumerate(RECIPES):
         try:
             config = small_config(model_type, recipe)
+            config.architectures = [_class_name(auto, model_type)]
             factory = _factory(auto, model_type)
             with torch.device("meta"):
                 size = sum(p.numel() for p in factory(config).parameters())
@@ -193,7 +208,9 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
                 refused.append(f"{size / 1e6:.0f}M parameters")
                 continue
             torch.manual_seed(0)
-            model = factory(small_config(model_type, recipe)).eval().float()
+            config = small_config(model_type, recipe)
+            config.architectures = [_class_name(auto, model_type)]
+            model = factory(config).eval().float()
             _randomise(model)
             run(model, sample_inputs(model))
         except Exception as error:
@@ -201,6 +218,12 @@ def build(auto: str, model_type: str) -> tuple[Any, int]:
             continue
         return model, number
     raise NotBuiltError(" | ".join(dict.fromkeys(refused)))
+
+
+def _class_name(auto: str, model_type: str) -> str:
+    """The class of a model type; the first where the mapping has several."""
+    found = model_types(auto)[model_type]
+    return str(found if isinstance(found, str) else found[0])
 
 
 def _factory(auto: str, model_type: str) -> Any:

@@ -97,7 +97,7 @@ def _base(view: fx.Node, bases: dict[fx.Node, fx.Node | None]) -> fx.Node | None
 
 
 def _memory(value: torch.Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
 
 
 def _value(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
