@@ -15,9 +15,9 @@ from torch import fx
 
 from graphopt.frontend.inplace import functionalise
 from graphopt.frontend.matching import is_op
-from graphopt.frontend.raise_attention import raise_spelled_attention
+from graphopt.frontend.raise_attention import raise_spelled_attention, visibility
 from graphopt.frontend.raise_rotary import raise_rotary
-from graphopt.frontend.shared_heads import share_heads
+from graphopt.frontend.shared_heads import drop_round_trips, share_heads
 from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -37,6 +37,7 @@ def normalize(graph_module: fx.GraphModule) -> None:
     constant_devices(graph)
     raise_attention(graph)
     raise_spelled_attention(graph)
+    drop_round_trips(graph)
     share_heads(graph)
     eliminate_dead_code(graph)
     merge_masks(graph)
@@ -227,7 +228,7 @@ def merge_masks(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_op(node, torch.ops.graphopt.attention):
             continue
-        mask = node.args[3]
+        mask = visibility(node.args[3]) or node.args[3]
         if not is_op(mask, torch.ops.graphopt.attention_mask) or node.args[6]:
             continue
         _, padding, _, _, causal, window = mask.args

@@ -1,4 +1,4 @@
-"""Take the repetition of key-value heads out in front of `graphopt::attention`, which shares heads by itself."""
+"""Take out what only rearranges heads around `graphopt::attention`: repetition, which it does by itself, and round trips."""
 
 from __future__ import annotations
 
@@ -25,6 +25,28 @@ def share_heads(graph: fx.Graph) -> None:
         heads = q.meta["val"].shape[1]
         if len(sizes) == 1 and all(isinstance(size, int) and heads % size == 0 for size in (heads, *sizes)):
             node.args = (q, *found, *node.args[3:])
+
+
+def drop_round_trips(graph: fx.Graph) -> None:
+    """Let a reshape of a reshape read the tensor behind both, and go where it restores what that tensor is.
+
+    Attention that folds its heads into the batch does this around every product; sizes that count batch and heads
+    together then go with it.
+    """
+    layout = (aten.view, aten.reshape, aten._unsafe_view)
+    for node in list(graph.nodes):
+        if not is_op(node, *layout):
+            continue
+        root = through(node.args[0], *layout, aten.contiguous, aten.clone)
+        same = [str(size) for size in root.meta["val"].shape] == [str(size) for size in node.meta["val"].shape]
+        # A view needs its source laid out in order, which only the copy in between may have made sure of.
+        if root is node.args[0]:
+            continue
+        if same and not any(is_op(user, aten.view) for user in node.users):
+            node.replace_all_uses_with(root)
+            graph.erase_node(node)
+        elif is_op(node, aten.reshape):
+            node.args = (root, *node.args[1:])
 
 
 def _unrepeated(graph: fx.Graph, reader: fx.Node, x: Any) -> fx.Node | None:

@@ -245,7 +245,11 @@ class Labels(RoutingRules):
         return axes
 
     def _factory(self, node: fx.Node) -> Axes:
-        return self._fresh(node.meta["val"])
+        made = self._fresh(node.meta["val"])
+        if op_name(node) in ("arange", "eye", "linspace"):
+            for axis in made:
+                lock(axis, f"{op_name(node)} at %{node.name} numbers it; cleanup makes a table of it, which can be cut")
+        return made
 
 
 def _table() -> dict[Any, str]:
@@ -296,7 +300,16 @@ def _table() -> dict[Any, str]:
         "_attention_mask": [torch.ops.graphopt.attention_mask],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
-        "_factory": [aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor, aten.eye],
+        "_factory": [
+            aten.arange,
+            aten.linspace,
+            aten.zeros,
+            aten.ones,
+            aten.full,
+            aten.empty,
+            aten.scalar_tensor,
+            aten.eye,
+        ],
         "_same": [
             aten.contiguous,
             aten.clone,

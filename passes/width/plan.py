@@ -18,7 +18,7 @@ from graphopt.select.allocate import Budget, Candidate, check_units, explicit, p
 from graphopt.select.options import Explicit, Global, PerLayer
 from graphopt.select.score import score
 from graphopt.select.score import taps as score_taps
-from graphopt.views import Experts, FeedForward, Keep, UnitGroup, Views, cut, leaves, unit_groups
+from graphopt.views import Attention, Experts, FeedForward, Keep, UnitGroup, Views, cut, leaves, unit_groups
 
 Table = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
@@ -120,7 +120,7 @@ def _missing(views: Views, family: str, seen: set[str]) -> list[Decline]:
         missed = [one for one in views.unseen if one.what.startswith(("feed-forward ", "experts "))]
         parts += [(one.what.partition(" ")[2], one.reason) for one in missed]
     else:
-        parts = [(view.path, _no_heads(view.kv_heads, family)) for view in views.attentions]
+        parts = [(view.path, _no_heads(views, view, family)) for view in views.attentions]
     if not parts:
         what = "feed-forward of more than one neuron" if family == "neuron" else "attention"
         return [Decline(f"model:{family}", f"no {what} was found")]
@@ -132,9 +132,11 @@ def _outside(views: Views, view: FeedForward | Experts) -> str:
     return "it shares its weights with one that came before" if inside else "it lies outside the blocks"
 
 
-def _no_heads(kv_heads: int, family: str) -> str:
-    if kv_heads == 1 and family == "kv_group":
+def _no_heads(views: Views, view: Attention, family: str) -> str:
+    if view.kv_heads == 1 and family == "kv_group":
         return "it has a single KV head"
+    if view.kv_group is not None and any(view in block.attentions for block in views.blocks):
+        return "its heads are those of an attention that came before: weights or a bias a head join them"
     return "its heads are no free axis of the graph, or it lies outside the blocks"
 
 

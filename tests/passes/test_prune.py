@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from graphopt.diagnostics import PlanError
-from graphopt.ir.program import Program
+from graphopt.frontend.export import capture_module
+from graphopt.ir.program import Input, Program
 from graphopt.ir.run import bind_inputs, specialised
 from graphopt.observe import observe
 from graphopt.passes.width.base import WidthPass
@@ -24,6 +25,7 @@ from graphopt.select.options import Activation, Amount, Fluctuation, Global, Mag
 from graphopt.spec import Percent
 from graphopt.views import Views
 from tests.tiny import program, tokens
+from tests.views import structures
 
 HALF = Amount.parse("50%")
 SHAPES = ((1, 1), (2, 7), (3, 33))
@@ -201,7 +203,13 @@ def test_plans_are_the_same_each_time() -> None:
 
 
 def test_sizes_that_count_batch_and_heads_together_are_refused_until_they_are_cleaned() -> None:
-    before = program("bloom")
+    class Merged(structures.Attend):
+        def turn(self, x: torch.Tensor) -> torch.Tensor:
+            b, h, s, d = x.shape
+            return torch.tanh(x.reshape(b * h, s, d)).reshape(b, h, s, d)
+
+    module = structures.Model(*(structures.Layer(Merged(), structures.Feed()) for _ in range(2)))
+    before = capture_module(module, (Input("ids", ("B", "S"), torch.int64, "tokens"),))
     config = PruneHeads.model_validate_json('{"keep": "75%"}')
     views = Views(before)
     plan = config.plan(Context(views, tuple(range(len(views.blocks)))))
