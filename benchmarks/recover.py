@@ -110,14 +110,24 @@ def page(stored: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for each in rows:
-        figures = [each[key] for key in ("before", "after_surgery", "after_200", "after_1000")]
+        figures = [each.get(key) for key in ("before", "after_surgery", "after_200", "after_1000")]
         lines.append(
             f"| {each['surgery']} | {each['parameters_before']:,} to {each['parameters']:,} | "
-            + " | ".join(f"{value:.2f}" for value in figures)
+            + " | ".join("not run" if value is None else f"{value:.2f}" for value in figures)
             + " |"
         )
     lines.append(f"\nRecipe: {recipe}.{TAIL}")
     return "\n".join(lines)
+
+
+def write(found: dict[str, Any]) -> None:
+    """Put a row among those that are stored, and write the page."""
+    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {each["surgery"]: each for each in stored}
+    rows[found["surgery"]] = rows.get(found["surgery"], {}) | found
+    together = {"recipe": RECIPE, "rows": [rows[name] for name in SURGERY if name in rows]}
+    RESULTS.write_text(json.dumps(together, indent=1) + "\n")
+    PAGE.write_text(page(together))
 
 
 def main() -> None:
@@ -133,19 +143,12 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     program = graphopt.capture(MODEL)
-    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = {each["surgery"]: each for each in stored}
     for name in SURGERY:
         if arguments.only in (None, name):
             found = row(program, name, tuple(arguments.steps))
-            rows[name] = rows.get(name, {}) | found
             print(json.dumps(found), file=sys.stderr, flush=True)
             if not arguments.dry:
-                ordered = [rows[each] for each in SURGERY if each in rows]
-                stored_now = {"recipe": RECIPE, "rows": ordered}
-                RESULTS.write_text(json.dumps(stored_now, indent=1) + "\n")
-                if all(f"after_{count}" in each for each in ordered for count in STEPS):
-                    PAGE.write_text(page(stored_now))
+                write(found)
 
 
 if __name__ == "__main__":

@@ -154,11 +154,11 @@ def page(stored: dict[str, Any]) -> str:
     trained = {name: row["training"] for name, row in stored["specs"].items() if row.get("training")}
     if trained:
         lines += ["## Training of the drafters", ""]
-        lines += ["| spec | parameters | steps | tokens | first loss | last loss | seconds |", "|" + "---|" * 7]
+        lines += ["| spec | parameters | steps | tokens | first loss | last loss |", "|" + "---|" * 6]
         for name, t in trained.items():
             lines.append(
                 f"| {name} | {t['trained_parameters']:,} | {t['steps']} | {t['tokens']:,} | {t['loss_first']['loss']:.2f} |"
-                f" {t['loss_last']['loss']:.2f} | {t['seconds']:.0f} |"
+                f" {t['loss_last']['loss']:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -75,6 +75,7 @@ class Trainer:
             list(self.leaves.tensors.values()), lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.decay
         )
         self.done = 0
+        self.seconds = 0.0
         self.history: list[dict[str, float]] = []
 
     def _teacher(self, teacher: Program | None) -> tuple[Forward, dict[str, torch.Tensor]] | None:
@@ -89,6 +90,7 @@ class Trainer:
 
         Raises PlanError when the loss is not finite.
         """
+        started = time.perf_counter()
         recipe = self.training.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate * factor(recipe, self.done)
@@ -110,6 +112,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(list(self.leaves.tensors.values()), recipe.clip)
         self.optimizer.step()
         self.done += 1
+        self.seconds += time.perf_counter() - started
         self.history.append(found)
         return found
 
@@ -129,7 +132,7 @@ class Trainer:
         """The program with the weights as they are now."""
         return self.leaves.result()
 
-    def record(self, seconds: float) -> Record:
+    def record(self) -> Record:
         """What became of the steps so far."""
         tenth = max(1, len(self.history) // 10)
         recipe = self.training.recipe
@@ -139,7 +142,7 @@ class Trainer:
             sum(tensor.numel() for tensor in self.leaves.tensors.values()),
             _mean(self.history[:tenth]),
             _mean(self.history[-tenth:]),
-            seconds,
+            self.seconds,
         )
 
     def save(self, directory: Path) -> None:
@@ -150,6 +153,7 @@ class Trainer:
             tensors |= {f"{name}:value": tensor.detach(), f"{name}:mean": state["exp_avg"]}
             tensors |= {f"{name}:square": state["exp_avg_sq"], f"{name}:step": state["step"]}
         facts = {"asked": self._asked(), "done": str(self.done), "history": json.dumps(self.history)}
+        facts["seconds"] = str(self.seconds)
         directory.mkdir(parents=True, exist_ok=True)
         beside = directory / f"{STATE_FILE}.partial"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=facts)
@@ -180,11 +184,15 @@ class Trainer:
                     "exp_avg_sq": held.get_tensor(f"{name}:square"),
                 }
         self.done, self.history = int(facts["done"]), json.loads(facts["history"])
+        self.seconds = float(facts["seconds"])
         return True
 
     def _asked(self) -> str:
         sizes = {name: list(tensor.shape) for name, tensor in self.leaves.tensors.items()}
-        return json.dumps({**self.training.to_json(), "sizes": sizes, "text": len(self.windows.tokens)}, sort_keys=True)
+        # Terms that are not asked for say nothing, so that a state outlives the addition of a term.
+        losses = self.training.losses.model_dump(mode="json", exclude_defaults=True)
+        asked = {**self.training.to_json(), "losses": losses, "sizes": sizes, "text": len(self.windows.tokens)}
+        return json.dumps(asked, sort_keys=True)
 
 
 def train(
@@ -202,7 +210,6 @@ def train(
     With `state` the run continues from that directory when it holds a state, and saves one every `save_every` steps.
     `tell(n)` is called after each n steps. Raises PlanError when terms, weights or text do not fit.
     """
-    started = time.perf_counter()
     trainer = Trainer(program, training, tokens, teacher)
     if state is not None and trainer.load(state) and tell is not None:
         tell(trainer.done)
@@ -212,7 +219,7 @@ def train(
             tell(1)
         if state is not None and (trainer.done % save_every == 0 or trainer.done == training.recipe.steps):
             trainer.save(state)
-    return trainer.result(), trainer.record(time.perf_counter() - started)
+    return trainer.result(), trainer.record()
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
