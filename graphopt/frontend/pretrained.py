@@ -82,17 +82,25 @@ def _build(factory: Any, config: Any, dtype: torch.dtype) -> Any:
         # One product over gathered experts: the plainest graph, with no data-dependent shapes.
         config._experts_implementation = "batched_mm"
     refused: list[str] = []
-    for implementation in ("graphopt", "sdpa", "eager"):
+    for implementation in ("graphopt", "graphopt_additive", "sdpa", "eager"):
         try:
             model = factory(config, dtype=dtype, attn_implementation=implementation)
         except (KeyError, ValueError, ImportError) as error:
             refused.append(f"{implementation}: {error}")
             continue
         # Code that spells its attention out would take our mask, which is true where a key is seen, for an addend.
-        if implementation != "graphopt" or _calls_attention_interface(model):
+        if implementation.startswith("graphopt") and not _calls_attention_interface(model):
+            refused.append(f"{implementation}: the model's code does not call transformers' attention interface")
+        elif implementation == "graphopt" and not _takes_masks_of_truth(model):
+            refused.append(f"{implementation}: the model's code computes with additive masks")
+        else:
             return model
-        refused.append(f"{implementation}: the model's code does not call transformers' attention interface")
     raise CaptureError.of("not_buildable", f"{type(config).__name__} cannot be built", notes=tuple(refused))
+
+
+def _takes_masks_of_truth(model: torch.nn.Module) -> bool:
+    """Whether every part supports masks as sdpa has them; others may add to a mask or extend it by numbers."""
+    return all(getattr(module, "_supports_sdpa", True) for module in model.modules())
 
 
 def _calls_attention_interface(model: torch.nn.Module) -> bool:
@@ -319,6 +327,8 @@ def _register_attention() -> None:
 
     AttentionInterface.register("graphopt", _attention)
     AttentionMaskInterface.register("graphopt", _mask)
+    AttentionInterface.register("graphopt_additive", _attention)
+    AttentionMaskInterface.register("graphopt_additive", _eager_mask)
 
 
 def _attention(

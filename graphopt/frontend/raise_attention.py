@@ -85,7 +85,7 @@ def _logits(node: Any) -> _Scores | None:
                 return None
             bias = next(side for side in sides if side is not inner[0])
             # A scale outside of the sum changes what a bias adds, but hides what a mask hides all the same.
-            if outer_scale != 1.0 and _visibility(bias) is None:
+            if outer_scale != 1.0 and visibility(bias) is None:
                 return None
             biases.append(bias)
             node = inner[0]
@@ -170,7 +170,7 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
             if is_op(bias, aten.zeros):
                 continue
             bias = _four(bias, batch, heads, call) if rank == 3 and bias.meta["val"].dim() == 3 else bias
-            shown = _visibility(bias)
+            shown = visibility(bias)
             if shown is not None and mask is None:
                 mask = shown
             elif mask is None:
@@ -222,7 +222,7 @@ def heads_repeated(x: Any) -> Any:
     return narrow.args[0]
 
 
-def _visibility(bias: Any) -> fx.Node | None:
+def visibility(bias: Any) -> fx.Node | None:
     """The bool mask behind `where(mask, 0, lowest)`."""
     bias = through(bias, aten.to)
     if is_op(bias, aten.where) and _number(bias.args[1]) == 0.0 and (_number(bias.args[2]) or 0) < _HIDDEN:
