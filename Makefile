@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 FUZZ_MINUTES ?= 10
 
-.PHONY: demo test lint docs fuzz setup clean
+.PHONY: demo test lint docs fuzz mutants convert setup clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,15 @@ tables: setup
 
 fuzz: setup
 	$(BIN)/python -m graphopt.testing.fuzz --minutes $(FUZZ_MINUTES) --out out/fuzz
+
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cosmic-ray==8.7.0"
+	$(BIN)/python benchmarks/mutation.py $(if $(SAMPLE),--sample $(SAMPLE))
+
+# Conversion of a 7B-shaped checkpoint needs 30 GB of disk: make convert SHAPE=7b WORK=/big/disk MERGEKIT=.../mergekit-yaml
+convert: setup
+	$(BIN)/python benchmarks/convert.py --shape $(or $(SHAPE),1b) --work $(or $(WORK),out/convert) --estimate \
+		--kills 10 --flap $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

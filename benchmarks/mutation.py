@@ -56,7 +56,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
 SKIPPED = "not same_in_every_process and not need_no_torch"
 # Equal by construction: identity and equality of None, classes and interned constants.
 EQUIVALENT = ("Is_Eq", "IsNot_NotEq", "Eq_Is", "NotEq_IsNot")
-TIMEOUT = 120
+# A mutant may take so many times as long as its tests do without one, and at most so many seconds.
+PATIENCE, LONGEST = 10, 900.0
 FATAL = "fatal"
 
 
@@ -141,13 +142,13 @@ class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.file), "exec"), module.__dict__)
 
 
-def run(tests: Sequence[str], mutant: Mutant | None, log: Path) -> tuple[str, float]:
+def run(tests: Sequence[str], mutant: Mutant | None, log: Path, limit: float = LONGEST) -> tuple[str, float]:
     """Run tests in a fork on a mutant (or on none): `killed`, `survived` or `timeout`, and the seconds."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
         _child(tests, mutant, log)
-    while time.monotonic() - start < TIMEOUT:
+    while time.monotonic() - start < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
@@ -220,6 +221,7 @@ def main() -> int:
     """The command line; returns 1 when fewer than 85% of mutants were noticed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=None, help="mutants drawn by seed; all when left out")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop when they have passed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=".", help="a pattern that file names must match")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -227,16 +229,19 @@ def main() -> int:
     choice = random.Random(given.seed)
     everything = [mutant for file in TARGETS for mutant in mutants(file, choice)]
     chosen = [mutant for mutant in everything if re.search(given.only, mutant.file)]
-    if given.sample is not None and given.sample < len(chosen):
-        kept = set(choice.sample(range(len(chosen)), given.sample))
-        chosen = [mutant for i, mutant in enumerate(chosen) if i in kept]
+    # In a drawn order, so that what has run is a sample whenever the time is up.
+    choice.shuffle(chosen)
+    chosen = chosen[: given.sample]
     preload()
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutant-{os.getpid()}.log"
+    limits: dict[tuple[str, ...], float] = {}
     for tests in sorted({TARGETS[mutant.file] for mutant in chosen}):
         outcome, seconds = run(tests, None, log)
+        limits[tests] = min(LONGEST, 60 + PATIENCE * seconds)
         print(f"without a mutant: {outcome} {seconds:.0f} s  {' '.join(tests)}", flush=True)
         if outcome != "survived":
             raise RuntimeError(f"the tests fail without a mutant:\n{log.read_text()[-3000:]}")
+    # By file, because a module that the loader misses would let all of its mutants live.
     for file in sorted({mutant.file for mutant in chosen}):
         fatal = Mutant(file, FATAL, 0, 1, 0, "", "")
         if run(TARGETS[file], fatal, log)[0] != "killed":
@@ -245,7 +250,10 @@ def main() -> int:
     survivors: list[Mutant] = []
     start = time.monotonic()
     for number, mutant in enumerate(chosen, 1):
-        outcome, seconds = run(TARGETS[mutant.file], mutant, log)
+        if time.monotonic() - start > 60 * given.minutes:
+            chosen = chosen[: number - 1]
+            break
+        outcome, seconds = run(TARGETS[mutant.file], mutant, log, limits[TARGETS[mutant.file]])
         counts.setdefault(mutant.file, Counter())[outcome] += 1
         if outcome == "survived":
             survivors.append(mutant)

@@ -43,6 +43,11 @@ class Session:
         if kind not in self.found:
             self.found[kind] = case.save(self.out, failure)
 
+    def write(self) -> None:
+        """Keep what was found so far in `summary.txt`, so that a run that is stopped has a result too."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "summary.txt").write_text(f"{self}\n", encoding="utf-8")
+
     def __str__(self) -> str:
         lines = [f"{self.cases} pipelines, {sum(self.steps.values())} steps, {len(self.found)} kinds of failure"]
         lines += [f"  {name}: {count} times" for name, count in sorted(self.steps.items())]
@@ -58,6 +63,7 @@ def fuzz(minutes: float, out: Path, start: int = 0) -> Session:
     while time.monotonic() < end:
         _round(session, round_, end)
         round_ += 1
+        session.write()
     return session
 
 

@@ -377,6 +377,11 @@ def test_differences_name_nodes_within_their_path(by_hand: Program) -> None:
     )
 
 
+def test_differences_show_one_line_around_them(by_hand: Program) -> None:
+    lines = diff_text(by_hand, make(TEXT.replace("-1)", "2)"))).splitlines()
+    assert [line[0] for line in lines[3:]] == [" ", "-", "+", " "]
+
+
 def test_nodes_of_one_kind_are_counted_within_a_path(by_hand: Program) -> None:
     from graphopt.ir.text import _by_path
 

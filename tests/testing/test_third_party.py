@@ -60,6 +60,7 @@ def test_one_line_runs_every_law_and_the_plugin_counts_examples() -> None:
     assert held == laws == len(LAWS)
     assert examples == 3
     assert edited >= 1
+    assert summary[0] in (PACKAGE.parents[1] / "docs" / "testing.md").read_text(encoding="utf-8")
 
 
 def test_it_uses_public_names_only() -> None:
