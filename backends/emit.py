@@ -77,6 +77,8 @@ class Emitter:
     `masks` gives for every axis of the tile the text that bounds it.
     """
 
+    loop_of: dict[str, str] = {}  # other forms of a loop's axis: a column of the same positions
+
     def __init__(self, inside: Collection[fx.Node], masks: dict[str, str]) -> None:
         self.inside = set(inside)
         self.masks = masks
@@ -85,6 +87,8 @@ class Emitter:
         self.strides: list[tuple[str, fx.Node, int]] = []
         self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self.helpers: set[str] = set()
+        self.written_inputs: set[fx.Node] = set()
+        self.kept_half: set[fx.Node] = set()  # inputs that only products read: widening them would cost registers
         self._names: dict[str, int] = {}
 
     # Sizes and names
@@ -114,8 +118,9 @@ class Emitter:
         return name
 
     def _block(self, axes: frozenset[str]) -> Block:
+        loops = {self.loop_of.get(axis, axis) for axis in axes}
         for block in reversed(self.blocks):
-            if block.axis is None or block.axis in axes:
+            if block.axis is None or block.axis in loops:
                 return block
         return self.blocks[0]
 
@@ -233,10 +238,13 @@ class Emitter:
         pointer = self.inputs[node]
         offset = self.offset(node, pointer, indices)
         axes = offset.axes | (guard.axes if guard else frozenset())
+        for axis in sorted(axes - offset.axes):
+            # The condition is a block: so must be the pointer.
+            offset = Index(f"{offset.text} + {axis} * 0", axes)
         conditions = [self.masks[a] for a in sorted(axes) if self.masks.get(a)] + ([guard.text] if guard else [])
         mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
         text = f"tl.load({pointer}{'' if offset.text == '0' else f' + {_bare(offset.text)}'}{mask})"
-        if dtype in (torch.float16, torch.bfloat16):
+        if dtype in (torch.float16, torch.bfloat16) and node not in self.kept_half:
             text += ".to(tl.float32)"
         return Value(self.line(text, "v", axes), dtype, axes)
 
@@ -244,7 +252,7 @@ class Emitter:
         """Where an element lies: by sizes when the tensor is contiguous, else by strides that the launch passes."""
         value = node.meta["val"]
         sizes = self.sizes(node)
-        if value.is_contiguous():
+        if value.is_contiguous() and node not in self.written_inputs:
             return linear(indices, sizes)
         result = ZERO
         for axis, (index, size) in enumerate(zip(indices, sizes, strict=True)):

@@ -52,11 +52,11 @@ def impure(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return node.op == "call_module"
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    return bool(target._schema.is_mutable) or torch.Tag.nondeterministic_seeded in target.tags
 
 
-def writable(node: fx.Node) -> bool:
-    """Whether the generator can write a node at all."""
+def writable(node: fx.Node, template: Callable[[fx.Node], bool]) -> bool:
+    """Whether the generator can write a node at all; `template` says so of products and attention."""
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dtype not in TRITON:
         return False
@@ -69,17 +69,17 @@ def writable(node: fx.Node) -> bool:
         return False
     if packet(node) in CASTS:
         return not node.kwargs.keys() - {"dtype", "device", "memory_format", "layout", "pin_memory"} and bool(tensors)
-    return rule_of(node) is not None or packet(node) in JOINS or loops.is_reduction(node)
+    return rule_of(node) is not None or packet(node) in JOINS or loops.is_reduction(node) or template(node)
 
 
 class Partition:
     """Groups of a graph, built by merging."""
 
-    def __init__(self, graph: fx.Graph, build: Builder) -> None:
+    def __init__(self, graph: fx.Graph, build: Builder, template: Callable[[fx.Node], bool] = lambda _: False) -> None:
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.build = build
         self.home: dict[fx.Node, Group] = {}
-        self.dag = nx.DiGraph()
+        self.dag: Any = nx.DiGraph()
         self.declined: dict[str, int] = {}
         epoch = 0
         for node in graph.nodes:
@@ -88,7 +88,7 @@ class Partition:
             if transparent(node):
                 continue
             unit: Any = node
-            if writable(node):
+            if writable(node, template):
                 unit = self.home[node] = Group([node], epoch, first=self.order[node], last=self.order[node])
                 self._try(unit)
             self.dag.add_node(unit)

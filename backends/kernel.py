@@ -6,7 +6,7 @@ import hashlib
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -28,7 +28,7 @@ class Entry:
     warps: int = 4
 
 
-Scalar = fx.Node | tuple[fx.Node, int]
+Scalar: TypeAlias = fx.Node | tuple[fx.Node, int]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Signature:
         arguments = [*e.inputs.values(), *(f"size{i}" for i in range(len(extra)))]
         text = [f"def launch({', '.join(arguments)}{', ' if arguments else ''}{defaults}):"]
         for node, name in e.inputs.items():
-            if node.meta["val"].is_contiguous() and node.meta["val"].dim():
+            if node.meta["val"].is_contiguous() and node.meta["val"].dim() and node not in e.written_inputs:
                 lines.append(f"{name} = {name}.contiguous()")
         lines += [f"{name} = {e.inputs[node]}.stride({axis})" for name, node, axis in e.strides if node in e.inputs]
         device = f"{next(iter(e.inputs.values()))}.device" if e.inputs else '"cpu"'

@@ -73,6 +73,7 @@ def callable_of(kernel: Kernel, interpret: bool) -> Callable[..., Any]:
     launch: Callable[..., Any] = module_of(kernel.source, kernel.digest, interpret).launch
     if not interpret:
         return launch
+    import numpy as np
     import triton.language as tl
 
     from graphopt.backends.interpreter import interpreting
@@ -81,7 +82,8 @@ def callable_of(kernel: Kernel, interpret: bool) -> Callable[..., Any]:
     options = {"DOT": tl.float32} if "DOT" in inspect.signature(launch).parameters else {}
 
     def run(*arguments: Any) -> Any:
-        with interpreting():
+        # Like a device, and unlike numpy, say nothing of numbers that overflow or of masked-out divisions.
+        with interpreting(), np.errstate(all="ignore"):
             return launch(*arguments, **options)
 
     return run

@@ -55,21 +55,21 @@ class LoopEmitter(Emitter):
         self.looped = looped
         self.written: Counter[fx.Node] = Counter()
         self.swap: tuple[int, int] | None = None
-        self.reductions = [node for node in inside if is_reduction(node)]
-        if self.reductions:
-            first = self.reductions[0]
-            self.full = self.sizes(first.args[0])  # type: ignore[arg-type]
-            self.axes = reduced_axes(first)
-        else:
-            # Any output will do: all must have as many elements.
-            self.full = self.sizes(max(outputs, key=lambda n: n.meta["val"].dim()))
-            self.axes = []
+        self.full, self.axes = self.space(inside, outputs)
         self.kept_sizes = [s for a, s in enumerate(self.full) if a not in self.axes]
         self.red_sizes = [self.full[a] for a in self.axes]
         self.rows, self.columns = product(self.kept_sizes), product(self.red_sizes)
         self.definitions: dict[str, str] = {}
         self.kept = self._pieces(Index("x", X), self.kept_sizes)
         self.red = self._pieces(Index("r", R), self.red_sizes)
+
+    def space(self, inside: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[list[Size], list[int]]:
+        """The shape that is iterated over and its reduced axes."""
+        for node in inside:
+            if is_reduction(node):
+                return self.sizes(node.args[0]), reduced_axes(node)  # type: ignore[arg-type]
+        # Any output will do: all must have as many elements.
+        return self.sizes(max(outputs, key=lambda n: n.meta["val"].dim())), []
 
     def _pieces(self, whole: Index, sizes: list[Size]) -> list[Index]:
         """Named coordinates of a position."""
@@ -230,7 +230,8 @@ def _build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], looped: bool, s
     e = LoopEmitter(nodes, outputs, looped)
     e.swap = swap
     signature = Signature(e, outputs)
-    rows, full = [], []
+    rows: list[tuple[fx.Node, str, list[Index]]] = []
+    full: list[tuple[fx.Node, str, list[Index]]] = []
     for node, name in zip(outputs, signature.out_names, strict=True):
         indices, is_row = e.place(node)
         (rows if is_row else full).append((node, name, indices))
@@ -270,8 +271,14 @@ def _store(e: LoopEmitter, node: fx.Node, name: str, indices: Sequence[Index], v
     offset = e.offset(node, name, indices)
     mask = " & ".join(e.masks[a] for a in sorted({"x"} | offset.axes))
     text = value.read(dtype)
-    where = _bare(offset.text) if offset.text != "0" else "x * 0"
+    where = spread(offset, "x")
     return f"tl.store({name} + {where}, {text}, mask={mask})"
+
+
+def spread(offset: Index, axis: str) -> str:
+    """The text of an offset that has the tile's shape even where only one element lies along `axis`."""
+    text = _bare(offset.text)
+    return text if axis in offset.axes else f"{axis} * 0" if text == "0" else f"{axis} * 0 + {text}"
 
 
 def _kernel(e: LoopEmitter, signature: Signature, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:

@@ -55,10 +55,11 @@ class Rule:
 HELPERS = {
     "tanh": '''@triton.jit
 def tanh(x):
-    """tanh by its exponential form; near zero by its series, where the former cancels."""
+    """tanh by its exponential form; near zero, where that cancels, by a polynomial fitted on [0, 0.65]."""
     large = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    square = x * x
-    return tl.where(tl.abs(x) < 0.06, x * (1.0 - square * (0.33333334 - square * 0.13333334)), large)
+    z = x * x
+    p = 0.13332599401 + z * (-0.05382556841 + z * (0.02088031732 - z * 0.00593180303))
+    return tl.where(tl.abs(x) < 0.6, x + x * z * (-0.33333328366 + z * p), large)
 ''',
 }
 
@@ -88,6 +89,8 @@ def cast(text: str, before: torch.dtype, after: torch.dtype, *, explicit: bool =
     if after == torch.bool:
         return text if before == torch.bool else f"({text} != 0)"
     if explicit and after in HALF and before != after:
+        if not source.is_floating_point:
+            text = f"{text}.to(tl.float32)"
         return f"{text}.to({TRITON[after]}).to(tl.float32)"
     return text if source == target else f"{text}.to({TRITON[target]})"
 

@@ -84,7 +84,7 @@ def _fused_rms_norm(
     return result.to(x.dtype), scale
 
 
-def _split(x: torch.Tensor, size: Any, dim: int = 0) -> list[torch.Tensor]:
+def _split(x: torch.Tensor, size: Any, dim: int = 0) -> Any:
     sizes = size if isinstance(size, list | tuple) else None
     if sizes is None:
         whole = x.shape[dim]
@@ -98,7 +98,7 @@ def _split(x: torch.Tensor, size: Any, dim: int = 0) -> list[torch.Tensor]:
     return pieces
 
 
-def _unbind(x: torch.Tensor, dim: int = 0) -> list[torch.Tensor]:
+def _unbind(x: torch.Tensor, dim: int = 0) -> Any:
     count = x.shape[dim]
     return [x.select(dim, i) for i in range(count)] if isinstance(count, int) else NotImplemented
 

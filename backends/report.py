@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from graphopt.backends.fuse import Group
+from graphopt.backends.fuse import Group, transparent
 from graphopt.backends.index import product, sizes_of
 from graphopt.backends.kernel import Kernel
 from graphopt.cost.flops import node_flops
@@ -35,14 +36,52 @@ class GroupReport:
         names = tuple(str(node.target).removeprefix("aten.").partition(".")[0] for node in group.nodes)
         return cls(kernel, names, sympy.expand(moved), sympy.expand(flops))
 
+    @property
+    def name(self) -> str:
+        """The template and the hash of the source."""
+        return f"{self.kernel.template}_{self.kernel.digest}"
+
     def describe(self) -> dict[str, Any]:
         """Plain data, formulae as text."""
         return {
-            "kernel": f"{self.kernel.template}_{self.kernel.digest}",
+            "kernel": self.name,
             "ops": list(self.ops),
             "bytes": str(self.bytes),
             "flops": str(self.flops),
         }
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """One library call, counted as a group is."""
+
+    name: str
+    bytes: sympy.Expr
+    flops: sympy.Expr
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The op itself."""
+        return (self.name,)
+
+    @classmethod
+    def of(cls, node: fx.Node) -> CallReport:
+        """The report of a node that moves memory."""
+        tensors = [n for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)]
+        moved = sum((_bytes(n) for n in tensors), sympy.Integer(0))
+        name = str(node.target).removesuffix(".default").replace("aten.", "aten::")
+        return cls(name, sympy.expand(moved), sympy.expand(_flops(node)))
+
+
+def library_reports(graph: fx.Graph, taken: Collection[fx.Node]) -> list[CallReport]:
+    """The library calls of a graph whose kernels take the nodes `taken`: what is neither a view nor a number."""
+    found = []
+    for node in graph.nodes:
+        if node in taken or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
+            continue
+        if isinstance(node.meta.get("val"), torch.Tensor) and not (transparent(node) and taken):
+            found.append(CallReport.of(node))
+    return found
 
 
 def _bytes(node: fx.Node) -> sympy.Expr:
@@ -55,6 +94,6 @@ def _flops(node: fx.Node) -> sympy.Expr:
     counted = node_flops(node)
     if counted is not None and counted != 0:
         return counted
-    values = [node.meta["val"], *(n.meta["val"] for n in node.all_input_nodes)]
+    values = [node.meta["val"], *(n.meta.get("val") for n in node.all_input_nodes)]
     elements = [product(sizes_of(v)) for v in values if isinstance(v, torch.Tensor)]
     return sympy.Max(*elements) if elements else sympy.Integer(0)

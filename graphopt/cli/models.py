@@ -22,10 +22,16 @@ Model = Annotated[str, typer.Argument(help="Checkpoint directory or model id.", 
 def explain(
     model: Model,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph itself, one line a node.")] = False,
+    lowered: Annotated[bool, typer.Option("--lowered", help="Show the kernels that it becomes on a GPU.")] = False,
+    at: Annotated[str, typer.Option(help="With --lowered: sizes of the dimensions.", metavar="B=1,S=1")] = "B=1,S=1",
+    source: Annotated[str | None, typer.Option(help="With --lowered: add the source of this kernel.")] = None,
     as_json: JSON = False,
 ) -> None:
     """Show a model as blocks with heads, widths, norms, positions and costs."""
     program = _capture(model)
+    if lowered:
+        _explain_lowered(program, _sizes(at), source, as_json=as_json)
+        return
     from graphopt.ir.text import print_program
     from graphopt.report.explain import explain as page_of
     from graphopt.report.explain import explain_json
@@ -36,6 +42,23 @@ def explain(
         typer.echo(print_program(program), nl=False)
     else:
         show_page(page_of(program))
+
+
+def _explain_lowered(program: Program, sizes: dict[str, int], source: str | None, *, as_json: bool) -> None:
+    """Print the kernels of a program in bfloat16 at given sizes."""
+    names = {dim.name for dim in program.dims}
+    if names != set(sizes):
+        raise typer.BadParameter(f"the model's dimensions are {', '.join(sorted(names))}", param_hint="--at")
+    import torch
+
+    from graphopt.backends import lower
+    from graphopt.report.lowered import ROOFS, lowered_json, lowered_page
+
+    found = lower(program, "cuda", dtype=torch.bfloat16, sizes=sizes)
+    if as_json:
+        show_json({"model": program.origin.name, **lowered_json(found, sizes, ROOFS["h200"])})
+    else:
+        show_page(lowered_page(found, sizes, ROOFS["h200"], source))
 
 
 @command

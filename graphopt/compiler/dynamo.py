@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from graphopt.backends.lower import Lowered, Options, lower_graph
+from graphopt.backends.lowering import Lowered, Options, lower_graph
 from graphopt.backends.prepare import decompositions, raise_sdpa
 
 

@@ -45,3 +45,9 @@ def reference(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) ->
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     result = function(*wide)
     return result if isinstance(result, tuple) else (result,)
+
+
+def close(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether a result is within a few roundings of a float64 one; sums in float32 may round more often."""
+    allowed = torch.finfo(mine.dtype).eps * (64 if mine.dtype == torch.float32 else 4)
+    return float((mine.double() - wanted).abs().max()) <= allowed * float(wanted.abs().max())

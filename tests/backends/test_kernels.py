@@ -7,10 +7,9 @@ import torch
 
 from graphopt.backends import loops
 from graphopt.backends.ahead import TARGETS, compile_ahead
-from graphopt.backends.lower import Lowered, Options, lower_graph
-from graphopt.compiler.verify import tolerance
+from graphopt.backends.lowering import Lowered, Options, lower_graph
 from tests.backends.cases import BOOLEAN, FLOATING, INTEGER, Case, drawn
-from tests.backends.conftest import reference, trace
+from tests.backends.conftest import close, reference, trace
 
 INTERPRET = Options(interpret=True)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +33,7 @@ def check(case: Case, dtype: torch.dtype) -> Lowered:
         if not mine.dtype.is_floating_point:
             assert torch.equal(mine, wanted.to(mine.dtype))
             continue
-        scale = float(wanted.abs().max())
-        assert float((mine.double() - wanted).abs().max()) <= tolerance(mine.dtype, 4) * scale
+        assert close(mine, wanted)
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.backends.lower import Lowered, Options, lower_graph
+from graphopt.backends.lowering import Lowered, Options, lower_graph
 from tests.backends.conftest import trace
 
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.backends import loops
+from graphopt.backends import attention, loops, products
 from graphopt.backends.fuse import Group, Partition, impure
+from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
-from graphopt.backends.report import GroupReport
+from graphopt.backends.report import CallReport, GroupReport, library_reports
 from graphopt.diagnostics import PlanError
+
+# Up to here a product is bound by the bytes of its weights, and a generated kernel may beat the library's.
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU."""
+    """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU.
+
+    `products`: "auto" generates matrix products with few rows, "triton" all, "library" none.
+    """
 
     interpret: bool = False
     cpu: str = "eager"
+    products: str = "auto"
     backward: str = "eager"
     report: Any = None
     spec: Any = None
@@ -39,12 +47,25 @@ class Options:
                 "unknown_option", f"unknown option {unknown[0]!r}", help=(f"the options are {', '.join(known)}",)
             )
         made = cls(**given)
-        for name, allowed in (("cpu", ("eager", "inductor")), ("backward", ("eager", "inductor"))):
+        for name, allowed in (
+            ("cpu", ("eager", "inductor")),
+            ("backward", ("eager", "inductor")),
+            ("products", ("auto", "triton", "library")),
+        ):
             if getattr(made, name) not in allowed:
                 raise PlanError.of(
                     "bad_option", f"{name} is {getattr(made, name)!r}", help=(f"say {' or '.join(allowed)}",)
                 )
         return made
+
+    def template(self, node: fx.Node) -> bool:
+        """Whether a product or attention becomes a generated kernel: with few rows, unless `products` says more."""
+        if attention.is_attention(node):
+            return True
+        if not products.is_product(node) or self.products == "library":
+            return False
+        rows = node.meta["val"].shape[0]
+        return self.products == "triton" or (isinstance(rows, int) and rows <= FEW_ROWS)
 
     def kernels_on(self, target: str) -> bool:
         """Whether a graph for `target` becomes generated kernels."""
@@ -61,6 +82,7 @@ class Lowered:
     backward: str | None = None
     groups: list[Any] = field(default_factory=list)
     library: dict[str, int] = field(default_factory=dict)
+    calls: list[CallReport] = field(default_factory=list)
     graph: fx.GraphModule | None = None
     _boxed_call: bool = True
 
@@ -90,12 +112,24 @@ def lower_graph(graph: fx.GraphModule, target: str, options: Options) -> Lowered
             example = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             compiled = compile_fx_inner(graph, example)
             return Lowered(lambda *a: compiled(list(a)), target, "Inductor's C++", library=library_calls(graph))
-        return Lowered(graph.forward, target, "eager library calls", library=library_calls(graph))
-    parts = Partition(graph.graph, loops.build)
+        calls = library_reports(graph.graph, ())
+        return Lowered(graph.forward, target, "eager library calls", library=library_calls(graph), calls=calls)
+    parts = Partition(graph.graph, build, options.template)
     lowered = fx.GraphModule(graph, rebuild(graph.graph, parts, options.interpret))
     mode = "Triton kernels, interpreted" if options.interpret else "Triton kernels"
     groups = [GroupReport.of(group) for group in parts.groups]
-    return Lowered(lowered.forward, target, mode, groups=groups, library=library_calls(lowered), graph=lowered)
+    calls = library_reports(graph.graph, parts.home.keys())
+    library = library_calls(lowered)
+    return Lowered(lowered.forward, target, mode, groups=groups, library=library, calls=calls, graph=lowered)
+
+
+def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
+    """The kernel of a group, by the template that its nodes ask for; raises Unfusable when there is none."""
+    if any(attention.is_attention(node) for node in nodes):
+        return attention.build(nodes, outputs)
+    if any(products.is_product(node) for node in nodes):
+        return products.build(nodes, outputs)
+    return loops.build(nodes, outputs)
 
 
 def rebuild(graph: fx.Graph, parts: Partition, interpret: bool) -> fx.Graph:

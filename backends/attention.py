@@ -1,0 +1,269 @@
+"""Attention kernels, generated from the attributes of `graphopt::attention`: what an attribute leaves out is not written.
+
+One program computes a block of queries of one head over the keys that it may see, in one pass with a running maximum
+(online softmax, arXiv:1805.02867; the tiling is that of FlashAttention-2, arXiv:2307.08691). One query, and attention over
+a cache, split the keys over programs: see decode.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.backends.emit import VIEWS, Emitter, packet
+from graphopt.backends.index import ZERO, Index, Unfusable, linear, same, text_of
+from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
+from graphopt.backends.loops import spread
+from graphopt.backends.pointwise import SIGNATURE, TRITON
+from graphopt.ops import attention, cached_attention
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MOST_FEATURES = 256
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether the generator writes a node as attention: known head sizes, a mask of two or four axes."""
+    if node.target not in (attention, cached_attention):
+        return False
+    cached = node.target is cached_attention
+    q, v, mask = (node.args[i] for i in (0, 2, 8 if cached else 3))
+    sizes = (q.meta["val"].shape[3], v.meta["val"].shape[3], q.meta["val"].shape[1])  # type: ignore[union-attr]
+    if any(not isinstance(size, int) for size in sizes) or not 1 < min(sizes[:2]) <= max(sizes[:2]) <= MOST_FEATURES:
+        return False
+    if q.meta["val"].dtype not in FLOATS or len({n.meta["val"].dtype for n in node.args[:3]}) > 1:  # type: ignore[union-attr]
+        return False
+    return not isinstance(mask, fx.Node) or mask.meta["val"].dim() in (2, 4)
+
+
+class AttentionEmitter(Emitter):
+    """Coordinates of one attention: rows `m`, keys `t` (across and `t_down`), features `d` and `e`.
+
+    Rows are the queries of one head, or, when there is one query, the heads that share a KV head.
+    """
+
+    loop_of = {"t_down": "t"}
+
+    def __init__(self, node: fx.Node) -> None:
+        axes = ("m", "t", "t_down", "d", "d_down", "e")
+        super().__init__([node], {axis: f"{axis}_in" for axis in axes})
+        self.node = node
+        given = {argument.name: value for argument, value in zip(node.target._schema.arguments, node.args, strict=True)}  # type: ignore[union-attr]
+        self.given: dict[str, Any] = given
+        self.q, self.k, self.v = given["q"], given.get("keys", given["k"]), given.get("values", given["v"])
+        self.mask, self.sinks = given["mask"], given["sinks"]
+        self.window = given["window"]
+        _, self.heads, self.queries, self.features = self.sizes(self.q)
+        self.batch, self.kv_heads, self.keys, _ = self.sizes(self.k)
+        self.width = self.sizes(self.v)[3]
+        if not isinstance(self.kv_heads, int) or self.heads % self.kv_heads:
+            raise Unfusable("attention whose heads are not known")
+        self.group = self.heads // self.kv_heads
+        self.b = Index("b") if not same(self.batch, 1) else ZERO
+        self.kv = Index("kv") if self.kv_heads > 1 else ZERO
+        self.row, self.h = self.rows()
+        self.kept_half = {_base(each) for each in (self.q, self.k, self.v)} - {
+            _base(n) for n in (self.mask, self.sinks)
+        }
+
+    def rows(self) -> tuple[Index, Index]:
+        """The query and the head of a tile's row."""
+        m = Index("m", frozenset("m"))
+        if same(self.queries, 1):
+            return ZERO, Index(f"(kv * {self.group} + m)", m.axes) if self.heads > 1 else ZERO
+        return m, Index("h") if self.heads > 1 else ZERO
+
+    def index(self, axis: str, size: Any) -> Index:
+        """A coordinate over one tile axis."""
+        return ZERO if same(size, 1) else Index(axis, frozenset({axis}))
+
+    def read(self, node: fx.Node, indices: Sequence[Index], shape: str = "", guard: Index | None = None) -> str:
+        """The text of elements of an operand; spread to `shape` where the operand lacks an axis of it."""
+        sizes = self.sizes(node)
+        value = self.value(node, [ZERO if same(s, 1) else i for i, s in zip(indices, sizes, strict=True)], guard)
+        if shape and len(value.axes) < 2:
+            return f"tl.broadcast_to({value.text}, {shape})"
+        return value.text
+
+    def visible(self, say: Callable[[str], None]) -> list[str]:
+        """Conditions under which a row sees a key."""
+        shift = "" if same(self.queries, self.keys) else f" + ({text_of(self.keys)} - {text_of(self.queries)})"
+        place = f"{self.row.text}{shift}"
+        conditions = ["t_in"]
+        if self.given["causal"]:
+            conditions.append(f"(t <= {place})")
+        if self.window is not None:
+            conditions.append(f"(t > {place} - {self.window})")
+            if not self.given["causal"]:
+                conditions.append(f"(t < {place} + {self.window})")
+        return conditions
+
+    def mask_column(self) -> Index:
+        """Where a mask holds what it says of a key."""
+        return self.index("t", self.keys)
+
+    def bounds(self) -> list[str]:
+        """The first and last key that some row of the tile sees."""
+        keys = text_of(self.keys)
+        shift = f"({keys} - {text_of(self.queries)})"
+        one = same(self.queries, 1)
+        first = shift if one else f"m_start + {shift}"
+        last = f"{shift} + 1" if one else f"m_start + MBLOCK + {shift}"
+        low, high = "low = 0", f"high = {keys}"
+        if self.given["causal"]:
+            high = f"high = tl.minimum({keys}, {last})"
+        if self.window is not None:
+            low = f"low = tl.maximum(0, {first} - {self.window - 1})"
+            if not self.given["causal"]:
+                high = f"high = tl.minimum({keys}, {last} + {self.window - 1})"
+        return [low, high]
+
+    def body(self) -> tuple[list[str], list[str], list[str]]:
+        """Lines before the loop over keys, the loop's, and those after it."""
+        d, t = self.index("d", self.features), self.index("t", self.keys)
+        d_down, t_down = self.index("d_down", self.features), self.index("t_down", self.keys)
+        query = self.read(self.q, [self.b, self.h, self.row, d], "[MBLOCK, DBLOCK]")
+        with self.loop("t") as loop:
+            say = loop.lines.append
+            keys = self.read(self.k, [self.b, self.kv, t, d_down], "[DBLOCK, TBLOCK]")
+            say(f"logits = tl.dot(query, {keys}.to(DOT){self._exact()}) * {self.given['scale']!r}")
+            if self.given["softcap"] is not None:
+                self.helpers.add("tanh")
+                say(f"logits = {self.given['softcap']!r} * tanh(logits / {self.given['softcap']!r})")
+            conditions = self.visible(say)
+            if self.mask is not None:
+                found = self.mask.meta["val"]
+                column = self.mask_column()
+                shown = self.read(
+                    self.mask, [self.b, column] if found.dim() == 2 else [self.b, self.h, self.row, column]
+                )
+                if found.dim() == 2 or found.dtype == torch.bool:
+                    conditions.append(f"({shown} != 0)")
+                else:
+                    say(f"logits += {shown}")
+            say(f'logits = tl.where({" & ".join(conditions)}, logits, -float("inf"))')
+            loop.lines += [
+                "top = tl.maximum(best, tl.max(logits, 1)[:, None])",
+                "# A row that sees nothing yet has no maximum: 0 keeps its weights at exp(-inf) = 0.",
+                'base = tl.where(top == -float("inf"), 0.0, top)',
+                "weights = tl.exp(logits - base)",
+                "kept = tl.exp(best - base)",
+                "total = total * kept + tl.sum(weights, 1)[:, None]",
+            ]
+            values = self.read(self.v, [self.b, self.kv, t_down, self.index("e", self.width)], "[TBLOCK, EBLOCK]")
+            loop.lines += [f"acc = acc * kept + tl.dot(weights.to(DOT), {values}.to(DOT){self._exact()})", "best = top"]
+        before = [*self.blocks[0].lines, f"query = {query}.to(DOT)"]
+        before += [
+            'best = tl.full([MBLOCK, 1], -float("inf"), tl.float32)',
+            "total = tl.zeros([MBLOCK, 1], tl.float32)",
+        ]
+        before.append("acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)")
+        self.blocks[0].lines = []
+        after: list[str] = []
+        if self.sinks is not None:
+            sink = self.read(self.sinks, [self.h])
+            after = [*self.blocks[0].lines, f"top = tl.maximum(best, {sink})", "kept = tl.exp(best - top)"]
+            after += [f"total = total * kept + tl.exp({sink} - top)", "acc = acc * kept", "best = top"]
+            self.blocks[0].lines = []
+        return before, loop.lines, after
+
+    def walk(self, loop: list[str]) -> list[str]:
+        """The loop over blocks of keys."""
+        lines = [
+            "for t_start in range(low, high, TBLOCK):",
+            "    t = t_start + tl.arange(0, TBLOCK)[None, :]",
+            "    t_in = t < high",
+            "    t_down = t_start + tl.arange(0, TBLOCK)[:, None]",
+            "    t_down_in = t_down < high",
+        ]
+        return lines + [f"    {line}" for line in loop]
+
+    def feature_lines(self) -> list[str]:
+        """Coordinates of features: across and down for keys, across for values."""
+        lines = []
+        for name, block, size in (
+            ("d", "DBLOCK", self.features),
+            ("d_down", "DBLOCK", self.features),
+            ("e", "EBLOCK", self.width),
+        ):
+            side = "[:, None]" if name.endswith("down") else "[None, :]"
+            lines += [f"{name} = tl.arange(0, {block}){side}", f"{name}_in = {name} < {text_of(size)}"]
+        return lines
+
+    def tile(self) -> dict[str, int]:
+        """Block sizes over keys and features."""
+        return {"TBLOCK": 64, "DBLOCK": power(self.features), "EBLOCK": power(self.width)}
+
+    def result(self) -> str:
+        """Where a row's result goes."""
+        indices = [self.b, self.h, self.row, self.index("e", self.width)]
+        return spread(linear(indices, self.sizes(self.node)), "m")
+
+    def _exact(self) -> str:
+        return ', input_precision="ieee"' if self.q.meta["val"].dtype == torch.float32 else ""
+
+
+def _base(node: Any) -> Any:
+    """What a view reads in the end."""
+    while isinstance(node, fx.Node) and packet(node) in VIEWS:
+        node = node.args[0]
+    return node
+
+
+def power(size: int) -> int:
+    """The block that holds `size`: a power of two that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
+    """The kernel of one attention; raises Unfusable when other nodes are to join it."""
+    if len(nodes) != 1 or list(outputs) != list(nodes):
+        raise Unfusable("attention stands alone")
+    if nodes[0].target is cached_attention or same(nodes[0].args[0].meta["val"].shape[2], 1):  # type: ignore[union-attr]
+        from graphopt.backends.decode import build_split
+
+        return build_split(nodes[0])
+    e = AttentionEmitter(nodes[0])
+    signature = Signature(e, outputs)
+    before, loop, after = e.body()
+    tile = {"MBLOCK": 64, **e.tile()}
+    body = [
+        "m_start = tl.program_id(0) * MBLOCK",
+        "m = m_start + tl.arange(0, MBLOCK)[:, None]",
+        f"m_in = m < {text_of(e.queries)}",
+        f"b = tl.program_id(1) // {e.heads}",
+        f"h = tl.program_id(1) % {e.heads}",
+        f"kv = h // {e.group}",
+        *e.feature_lines(),
+        *e.bounds(),
+        *before,
+        *e.walk(loop),
+        *after,
+        "result = acc / tl.where(total == 0.0, 1.0, total)",
+        f"tl.store(out0 + {e.result()}, result, mask=m_in & e_in)",
+    ]
+    names = [*tile, "DOT"]
+    text = kernel_text("kernel", [*signature.names, *(f"{n}: tl.constexpr" for n in names)], body)
+    arguments = ", ".join([*signature.names, *(f"{n}={n}" for n in names), "num_warps=num_warps"])
+    grid = f"(triton.cdiv({text_of(e.queries)}, MBLOCK), {text_of(e.batch)} * {e.heads})"
+    entry = Entry("kernel", signature.types(), (*tile.items(), ("DOT", SIGNATURE[e.q.meta["val"].dtype])), 4)
+    return finish(e, signature, [text], call_text(f"kernel[{grid}]", arguments), tile, [entry], "attention")
+
+
+def finish(
+    e: AttentionEmitter,
+    signature: Signature,
+    functions: list[str],
+    call: list[str],
+    tile: dict[str, Any],
+    entries: list[Entry],
+    template: str,
+) -> Kernel:
+    """The kernel of what was written."""
+    dot = TRITON[e.q.meta["val"].dtype]
+    defaults = f"*, {', '.join(f'{k}={v}' for k, v in tile.items())}, DOT={dot}, num_warps=4"
+    launch, scalars = signature.launch(call, defaults)
+    source = assemble(describe([e.node], e, [e.node]), e.helper_sources(), functions, launch)
+    return Kernel(template, source, tuple(e.inputs), scalars, (e.node,), tuple(entries), frozenset({e.node}))
