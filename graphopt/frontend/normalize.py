@@ -22,6 +22,8 @@ from graphopt.ir.purity import eliminate_dead_code
 
 aten = torch.ops.aten
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+# The spellings of Python's operators on tensors.
+_BITWISE = {aten.__or__: aten.bitwise_or, aten.__and__: aten.bitwise_and, aten.__xor__: aten.bitwise_xor}
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -155,6 +157,8 @@ def simplify_calls(graph: fx.Graph) -> None:
         if is_op(node, aten.view, aten._unsafe_view) and node.target is not aten.view.dtype:
             # What rules put before a view may lie in memory in another order.
             node.target = aten.reshape.default
+        if is_op(node, *_BITWISE) and node.target._overloadname in ("Tensor", "Scalar"):
+            node.target = getattr(_BITWISE[node.target.overloadpacket], node.target._overloadname)
         if is_op(node, aten.matmul, aten.mm) and is_op(node.args[1], aten.numpy_T, aten.t, aten.transpose):
             weight = node.args[1].args[0]
             if "weight" in weight.meta and weight.meta["val"].dim() == 2:
