@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.ops.library import LIBRARY, scaled_attention
 
+_sdpa = torch._C._nn.scaled_dot_product_attention
+
 
 class Slots:
     """Where the new tokens of a call are written and what they see; one object serves all layers of a step.
@@ -155,12 +157,6 @@ def attend(
     if held.dtype != q.dtype:
         held, gain = held.to(q.dtype), gain.to(q.dtype)
     visible = slots.visible(window)
-    if slots.count == 1 and visible is None and mask is None and sinks is None and softcap is None:
-        # The query heads that share a KV head are so many queries of it.
-        rows, heads, _, size = q.shape
-        shared = q.view(rows, k.shape[1], heads // k.shape[1], size)
-        result = F.scaled_dot_product_attention(shared, held, gain, scale=scale)
-        return result.view(rows, heads, 1, v.shape[3])
     if mask is not None:
         mask = slots.columns(mask)
         if visible is None:
@@ -170,6 +166,28 @@ def attend(
         else:
             visible = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
     return scaled_attention(q, held, gain, visible, sinks, scale, False, None, softcap)
+
+
+def attend_one(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: Slots,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` for one new token in rows of equal length, with nothing hidden: as few calls as there can be."""
+    used = slots.used
+    keys.narrow(2, used - 1, 1).copy_(k)
+    values.narrow(2, used - 1, 1).copy_(v)
+    rows, heads, _, size = q.shape
+    if heads == keys.shape[1]:
+        return _sdpa(q, keys.narrow(2, 0, used), values.narrow(2, 0, used), scale=scale)
+    # The query heads that share a KV head are so many queries of it.
+    shared = q.reshape(rows, keys.shape[1], heads // keys.shape[1], size)
+    result = _sdpa(shared, keys.narrow(2, 0, used), values.narrow(2, 0, used), scale=scale)
+    return result.reshape(rows, heads, 1, values.shape[3])
 
 
 def _cached_attention(

@@ -52,10 +52,9 @@ class Cache:
         self._growing = [s.name for s in program.entry.inputs if s.role == "cache" and s.shape[2:3] == ("C",)]
         self._outputs = program.entry.outputs
         self._results: dict[str, torch.Tensor] = {}
-        # What the decoder works out once for a text: arguments of its two forms, and tables by place.
-        self.text: list[Any] = []
-        self.other: list[Any] = []
-        self.tables: list[torch.Tensor] = []
+        # What the decoder works out once for a text, by form of the step: its arguments, and tables by place.
+        self.given: dict[str, list[Any]] = {}
+        self.tables: dict[str, list[torch.Tensor]] = {}
 
     def written(self, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Remember the results of a step, of which bounded heads take in what is committed."""
@@ -70,7 +69,12 @@ class Cache:
         committed ones. Rows whose path is shorter are filled with -1 at the end. Raises ValueError for what does not
         fit or is no path.
         """
-        if isinstance(kept, int):
+        if isinstance(kept, int) and not self.held:
+            lengths = self.lengths + kept
+            if kept < 0 or int(lengths.max()) > self.capacity:
+                raise ValueError(f"{int(lengths.max())} entries do not fit a cache of {self.capacity}")
+            self.lengths = lengths
+        elif isinstance(kept, int):
             self._raise(torch.full_like(self.lengths, kept))
         elif kept.dim() == 1:
             self._raise(kept.to(self.lengths))

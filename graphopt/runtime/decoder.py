@@ -35,8 +35,9 @@ class Decoder:
         cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared)
         with torch.inference_mode():
             values = self.lowered.start(context, cache.buffers, capacity)
-        cache.text, cache.other = self.lowered.text.fixed(values), self.lowered.other.fixed(values)
-        cache.tables = [cache.text[index] for index, _ in self.lowered.text.tables]
+        for name, form in self.lowered.forms.items():
+            cache.given[name] = given = form.fixed(values)
+            cache.tables[name] = [given[index] for index, _ in form.tables]
         return cache
 
     def step(
@@ -51,13 +52,11 @@ class Decoder:
             count = tokens.shape[1]
             positions = None if ancestors is None else cache.lengths[:, None] + (ancestors.sum(-1) - 1)
             slots = Slots(cache.lengths, count, cache.capacity, positions, ancestors)
-            plain = slots.start is not None and ancestors is None
-            form = self.lowered.text if plain else self.lowered.other
-            given = cache.text if plain else cache.other
+            name = "tree" if slots.start is None or ancestors is not None else "token" if count == 1 else "text"
+            form, given = self.lowered.forms[name], cache.given[name]
             given[form.inputs["tokens"]] = tokens
-            if plain:
-                for (index, axis), table in zip(form.tables, cache.tables, strict=True):
-                    given[index] = table.narrow(axis, slots.start, count)
+            for (index, axis), table in zip(form.tables, cache.tables[name], strict=True):
+                given[index] = table.narrow(axis, slots.start, count)
             for role in form.inputs:
                 if role != "tokens":
                     given[form.inputs[role]] = getattr(slots, role)

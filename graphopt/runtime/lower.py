@@ -1,7 +1,8 @@
 """From a program with a cache to a Python function for its step: folded, hoisted, tabulated and with fewer, cheaper calls.
 
-The function takes the `Slots` of the step and a flat list of tensors. Two forms are made: one for ordinary text in rows
-of equal length, which reads tables of what depends on positions, and one for everything else.
+The function takes the `Slots` of the step and a flat list of tensors. Three forms are made: for ordinary text in rows of
+equal length, which reads tables of what depends on positions; for one token of such text, which needs no transposing; and
+for everything else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program, specialise
-from graphopt.ops.cached import attend, cached_attention
+from graphopt.ops.cached import attend, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
 from graphopt.ops.library import rotary
 from graphopt.runtime.native import NATIVE, rms_norm, turn
@@ -57,11 +58,15 @@ class Lowered:
         for node in self.order:
             if self.stage[node] == Stage.LOAD:
                 self.values[node] = self._load(node)
-        self.text = _Writer(self, set(self.tables)).form()
-        self.other = _Writer(self, set()).form()
+        known = set(self.tables)
+        self.forms = {
+            "text": _Writer(self, known).form(),
+            "token": _Writer(self, known, single=True).form(),
+            "tree": _Writer(self, set()).form(),
+        }
         self._early = [n for n in self.order if self.stage[n] == Stage.START and n.op != "placeholder"]
         self._placed = self._behind(self.tables)
-        wanted: set[Key] = {*self.text.takes, *self.other.takes}
+        wanted: set[Key] = {key for form in self.forms.values() for key in form.takes}
         for node in [*self._early, *self._placed]:
             wanted.update(node.all_input_nodes)
         self.values = {key: value for key, value in self.values.items() if key in wanted}
@@ -127,10 +132,11 @@ class Lowered:
 
 @dataclass
 class _Writer:
-    """Writes one form of the step; `known` nodes are tables."""
+    """Writes one form of the step; `known` nodes are tables, and `single` says that there is one new token a row."""
 
     of: Lowered
     known: set[fx.Node]
+    single: bool = False
     graph: fx.Graph = field(default_factory=fx.Graph)
     made: dict[Key, fx.Node] = field(default_factory=dict)
 
@@ -141,13 +147,13 @@ class _Writer:
         for node in self.of.order:
             stage = self.of.stage[node]
             if node.op == "output":
-                self.graph.output(fx.node.map_arg(node.args[0], self._value))
+                self.graph.output(fx.node.map_arg(node.args[0], self._operand))
             elif node.op == "call_function" and stage >= Stage.PLACE and node not in self.known:
                 if node in groups:
                     self._multiply(groups[node])
                 elif node not in self.made:
                     self.made[node] = self._write(node)
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target is attend)
+        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in (attend, attend_one))
         keys = {node: key for key, node in self.made.items()}
         takes = [n for n in self.graph.nodes if n.op == "placeholder" and n is not self.slots and n.users]
         clean = fx.Graph()
@@ -175,6 +181,16 @@ class _Writer:
         owners |= {node: node for node in self.known}
         return tuple((i, place_axis(owners[key]) or 0) for i, key in enumerate(taken) if key in owners)
 
+    def _operand(self, node: fx.Node) -> Any:
+        """A node's value as an argument: the number of new tokens may be known."""
+        if self.single and node.target is aten.sym_size.int and self._is_count(node):
+            return 1
+        return self._value(node)
+
+    def _is_count(self, node: fx.Node) -> bool:
+        roles = {spec.name: spec.role for spec in self.of.program.entry.inputs}
+        return roles.get(node.args[0].meta.get("input", "")) == "tokens" and node.args[1] == 1  # type: ignore[union-attr]
+
     def _value(self, key: Key) -> fx.Node:
         """A value inside the function: computed above, or taken."""
         if key not in self.made:
@@ -192,21 +208,41 @@ class _Writer:
         """One node, by the cheapest call that computes it."""
         call, args, run = self.graph.call_function, node.args, self.of
         if node.target is cached_attention:
-            head, rest = fx.node.map_arg((args[:5], args[8:]), self._value)
+            head, rest = fx.node.map_arg((args[:5], args[8:]), self._operand)
+            mask, sinks, scale, window, softcap = rest
+            if self.single and mask is sinks is window is softcap is None:
+                return self._beside(node, call(attend_one, (*head, self.slots, scale)))
             return call(attend, (*head, self.slots, *rest))
         if node.target is rms_norm_op and run.dtype in _WIDE:
             x, weight, eps, _ = args
             name = f"eps {eps} {x.meta['val'].dtype}"  # type: ignore[union-attr]
             shift = self._named(name, lambda: torch.tensor(eps, dtype=run.dtype, device=run.device))
             share = 1.0 / x.meta["val"].shape[-1]  # type: ignore[union-attr]
-            return call(rms_norm, (*fx.node.map_arg((x, weight), self._value), shift, share))
-        if node.target is rotary and run.dtype in _WIDE and args[2] in self.known and _whole(node):
-            x, cos, sin, _ = args
-            name = run.signed.setdefault(sin, f"signed {sin.name}")  # type: ignore[arg-type,union-attr]
-            half = cos.meta["val"].shape[-1] // 2  # type: ignore[union-attr]
-            return call(turn, (*fx.node.map_arg((x, cos), self._value), self._value(name), half))
-        given, named = fx.node.map_arg((args, dict(node.kwargs)), self._value)
+            return call(rms_norm, (*fx.node.map_arg((x, weight), self._operand), shift, share))
+        if self._turns(node):
+            return self._turn(node, self._value(args[0]))  # type: ignore[arg-type]
+        given, named = fx.node.map_arg((args, dict(node.kwargs)), self._operand)
+        if _writes(node) and self.of.stage[args[0]] < Stage.STEP:  # type: ignore[index]
+            # What holds for a whole text may not be written into.
+            given = (call(torch.clone, (given[0],)), *given[1:])
         return call(NATIVE.get(node.target, node.target), run.specialised(given), run.specialised(named))
+
+    def _beside(self, core: fx.Node, result: fx.Node) -> fx.Node:
+        """Heads side by side `[B, 1, H * E]`: of one token they already lie so, whatever the graph does to get there."""
+        swapped = _only_reader(core)
+        if swapped is None or swapped.target is not aten.transpose.int or set(swapped.args[1:]) != {1, 2}:
+            return result
+        last = _only_reader(swapped)
+        chain = [swapped]
+        if last is not None and last.target in (aten.contiguous.default, aten.clone.default):
+            chain.append(last)
+            last = _only_reader(last)
+        if last is None or last.target not in (aten.reshape.default, aten.view.default):
+            return result
+        sizes = fx.node.map_arg(last.args[1], self._operand)
+        self.made |= dict.fromkeys(chain, result)
+        self.made[last] = self.graph.call_function(torch.reshape, (result, sizes))
+        return result
 
     def _products(self) -> dict[fx.Node, list[fx.Node]]:
         """Products of activations with weights; those that read the same and are alike count as one, under its first."""
@@ -227,12 +263,82 @@ class _Writer:
         if len(group[0].args) > 2 and group[0].args[2] is not None:
             args.append(self._named(f"bias {name}", lambda: torch.cat([values[node.args[2]] for node in group])))  # type: ignore[index]
         product = self.graph.call_function(NATIVE[aten.linear.default], tuple(args))
+        if len(group) > 1 and self._split_heads(group, product):
+            return
         start = 0
         for node in group:
             width = node.meta["val"].shape[-1]
             whole = len(group) == 1
             self.made[node] = product if whole else self.graph.call_function(torch.narrow, (product, -1, start, width))
             start += width
+
+    def _split_heads(self, group: list[fx.Node], product: fx.Node) -> bool:
+        """Where every member becomes heads of one size: reshape once, turn those together that turn alike, then slice."""
+        chains = [_as_heads(node) for node in group]
+        if any(chain is None or chain[0].args[1][:2] != chains[0][0].args[1][:2] for chain in chains):  # type: ignore[index]
+            return False
+        views, turned = zip(*chains, strict=True)  # type: ignore[arg-type]
+        size = views[0].args[1][3]
+        if any(view.args[1][3] != size for view in views):
+            return False
+        call = self.graph.call_function
+        rows, count = (self._operand(n) if isinstance(n, fx.Node) else n for n in views[0].args[1][:2])
+        if self.single and count == 1:
+            whole = call(torch.Tensor.view, (product, [rows, -1, 1, size]))
+        else:
+            whole = call(torch.transpose, (call(torch.Tensor.view, (product, [rows, count, -1, size])), 1, 2))
+        heads = [node.meta["val"].shape[-1] // size for node in group]
+        rotations = [reader for node in turned if self._turns(reader := _only_reader(node)) and reader is not None]
+        alike = 0
+        while alike < len(rotations) and _alike(turned[alike], rotations[alike], rotations[0]):
+            alike += 1
+        at, together = 0, whole
+        if alike > 1:
+            together = self._turn(rotations[0], call(torch.narrow, (whole, 1, 0, sum(heads[:alike]))))
+        for i, (view, transposed) in enumerate(zip(views, turned, strict=True)):
+            self.made[view] = whole
+            source = together if i < alike and alike > 1 else whole
+            self.made[transposed] = piece = call(torch.narrow, (source, 1, at, heads[i]))
+            if source is not whole:
+                self.made[rotations[i]] = piece
+            at += heads[i]
+        return True
+
+    def _turns(self, node: fx.Node | None) -> bool:
+        """Whether a node is a rotation by tables that `turn` computes."""
+        wide = self.of.dtype in _WIDE
+        return node is not None and node.target is rotary and wide and node.args[2] in self.known and _whole(node)
+
+    def _turn(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        _, cos, sin, _ = node.args
+        name = self.of.signed.setdefault(sin, f"signed {sin.name}")  # type: ignore[arg-type,union-attr]
+        half = cos.meta["val"].shape[-1] // 2  # type: ignore[union-attr]
+        return self.graph.call_function(turn, (x, self._value(cos), self._value(name), half))  # type: ignore[arg-type]
+
+
+def _alike(source: fx.Node, rotation: fx.Node, first: fx.Node) -> bool:
+    """Whether a rotation turns `source`, and as the first one turns its own."""
+    return rotation.args[0] is source and rotation.args[1:] == first.args[1:]
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an op writes into its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _as_heads(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The view `[B, S, heads, size]` and the transpose `[B, heads, S, size]` that alone read a product."""
+    view = _only_reader(node)
+    if view is None or view.target is not aten.view.default or len(view.args[1]) != 4:  # type: ignore[arg-type]
+        return None
+    swapped = _only_reader(view)
+    if swapped is None or swapped.target is not aten.transpose.int or set(swapped.args[1:]) != {1, 2}:
+        return None
+    return (view, swapped) if isinstance(view.args[1][3], int) and view.args[1][3] > 0 else None  # type: ignore[index,operator]
 
 
 def _by_columns(weights: list[torch.Tensor]) -> torch.Tensor:
