@@ -3,10 +3,11 @@
     python benchmarks/convert.py --shape 7b --work /big/disk [--mergekit VENV/bin/mergekit-yaml] [--flap] [--kills 10]
 
 Makes a random bf16 checkpoint of a Llama shape (7b: Llama-2-7B, 13.5 GB in 3 shards; 1b: TinyLlama-1.1B with as many
-KV heads as heads; small: seconds), runs every conversion in a process of its own, and writes
-benchmarks/results/convert.json. The page cache forgets the checkpoint before each, and the time ends when all that was
-written is on the disk (`sync`), for the copy and for other tools alike. Peak memory is the kernel's `ru_maxrss` of the
-process, bytes are its `rchar` and `wchar` (what it asked the kernel to read and write, its own code included).
+KV heads as heads; 1b-4-layers: its first four layers; small: seconds), runs every conversion in a process of its own,
+and writes benchmarks/results/convert.json. The page cache forgets the checkpoint before each, and the time ends when
+all that was written is on the disk (`sync`), for the copy and for other tools alike. Peak memory is the kernel's
+`ru_maxrss` of the process, bytes are its `rchar` and `wchar` (what it asked the kernel to read and write, its own code
+included).
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from typing import Any
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    "1b-4-layers": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+    },
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 16},
 }
 VOCABULARY = 32000
@@ -167,6 +174,7 @@ def timed(command: list[str], checkpoint: Path, log: Path) -> dict[str, Any]:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text()[-3000:]}")
     return {
         "seconds": round(time.perf_counter() - started, 2),
+        "load": round(os.getloadavg()[0], 1),
         "seconds_before_sync": round(ended - started, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "bytes_read": int(counts["rchar"]),
@@ -196,6 +204,7 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         found[name]["bytes_of_result"] = size_of(out)
         shutil.rmtree(out)
         print(name, found[name], flush=True)
+        save(options.out, options.shape, {"jobs": found})
 
     job("copy", [sys.executable, "-c", COPY, str(checkpoint), str(work / "copied")], work / "copied")
     for name in options.jobs:
@@ -272,46 +281,55 @@ def digest_of(directory: Path) -> dict[str, str]:
 
 
 def kills(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
-    """Kill the skipping conversion at random moments, resume it, and compare with one that ran through."""
+    """Kill the pruning conversion at random moments, resume it, and compare with one that ran through.
+
+    Every third kill comes anywhere in the run, the others while shards are written.
+    """
     work: Path = options.work
-    spec = spec_of(work, "kills", JOBS["chain"], SHAPES[options.shape]["num_hidden_layers"])
-    shards = f"save.shard_size={max(1, size_of(checkpoint) // 12)}B"
+    spec = spec_of(work, "kills", JOBS["prune"], SHAPES[options.shape]["num_hidden_layers"])
+    shards = f"save.shard_size={max(1, size_of(checkpoint) // 16)}B"
     command = [sys.executable, "-m", "graphopt", "run", str(spec), "-m", str(checkpoint), "--set", shards]
-    command += ["--memory", options.memory]
+    command += ["--memory", options.memory, "--verify", "shapes"]
+
+    def start(out: Path) -> tuple[subprocess.Popen[bytes], Path]:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, "-o", str(out)], **quiet), work / f".{out.name}.partial"
+
+    def writing(child: subprocess.Popen[bytes], partial: Path) -> None:
+        while child.poll() is None and not partial.is_dir():
+            time.sleep(0.005)
+
     whole = work / "kills-whole"
     shutil.rmtree(whole, ignore_errors=True)
     started = time.perf_counter()
-    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
+    child, partial = start(whole)
+    writing(child, partial)
+    middle = time.perf_counter()
+    child.wait()
+    ended = time.perf_counter()
     expected = digest_of(whole)
     shutil.rmtree(whole)
     draw, found = random.Random(0), []
     for number in range(options.kills):
         out = work / "kills-out"
-        moment = draw.uniform(0.05, 1.0) * seconds
-        child = subprocess.Popen([*command, "-o", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child, partial = start(out)
+        if number % 3:
+            writing(child, partial)
+        moment = draw.uniform(0, ended - middle if number % 3 else ended - started)
         try:
             child.wait(timeout=moment)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.wait()
-        partial = work / ".kills-out.partial"
-        finished = len(list(partial.glob("*.safetensors"))) if partial.is_dir() else 0
-        if child.returncode != 0:
-            subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
-        same = digest_of(out) == expected
-        left = [path.name for path in work.glob(".kills-out*")]
+        killed = child.returncode != 0
+        begun = len(list(partial.glob("*.safetensors"))) if partial.is_dir() else 0
+        if killed:
+            start(out)[0].wait()
+        same = digest_of(out) == expected and not partial.exists()
         shutil.rmtree(out)
-        found.append(
-            {
-                "after": round(moment, 2),
-                "killed": child.returncode != 0,
-                "shards_begun": finished,
-                "same": same and not left,
-            }
-        )
+        found.append({"after": round(moment, 3), "killed": killed, "shards_begun": begun, "same": same})
         print(number, found[-1], flush=True)
-    return {"seconds_uninterrupted": round(seconds, 2), "shards": len(expected), "runs": found}
+    return {"seconds": round(ended - started, 2), "shards": len(expected), "runs": found}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from graphopt.compiler.memory import SLACK, Budget, Workload, budget, peak_memory, resident
 from graphopt.compiler.resolve import Resolved
 from graphopt.compiler.verify_sampled import read_by
+from graphopt.cost import cost
 from graphopt.diagnostics import GraphoptError, PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.weights import sources
@@ -107,6 +108,9 @@ def estimate_run(
     level = resolved.loaded.spec.verify.level
     planning = int(getattr(original.weights.source, "bytes_read", 0))
     checking = sum(_verified(before, after, level, limits) for before, after in steps)
+    text = resolved.loaded.spec.evaluation
+    evaluated = [original, *(after for _, after in steps)] if text is not None else []
+    measuring = sum(_held(program) for program in evaluated)
     names = {name for weight in result.weights.weights.values() for name in sources(weight.expr)}
     saving = sum(_stored(original, name) for name in names)
     written = result.weights.bytes
@@ -120,16 +124,25 @@ def estimate_run(
         "capture": captured,
         "plan": planned,
         "verify": checking / rates["read"] + flops / rates["flops"] + checking / rates["widen"],
+        "evaluate": sum(
+            cost(program).at(B=text.samples, S=text.seq)["flops"] / (2 * rates["flops"]) for program in evaluated
+        )
+        if text is not None
+        else 0.0,
         "find config": captured,
         "save": max(saving / rates["read"], written / rates["write"]) + copies / rates["widen"],
     }
     return Estimate(
         max(peak_memory(), base + verify + SLACK, base + _WRITING + copies),
-        planning + checking + saving,
+        planning + checking + measuring + saving,
         written,
         round(sum(stages.values()), 1),
         {name: round(seconds, 1) for name, seconds in stages.items()},
     )
+
+
+def _held(program: Program) -> int:
+    return sum(_stored(program, n) for w in program.weights.weights.values() for n in sources(w.expr))
 
 
 def _elements(program: Program, name: str) -> int:

@@ -130,7 +130,7 @@ def budget(
         limits[work.stage] = found
     needs += [_planning(program, kind) for kind in dict.fromkeys(reads)]
     verify, checking = _verifying(program, level, room)
-    needs += [*([verify] if verify is not None else []), _saving(program, "whole" in reads)]
+    needs += [*([verify] if verify is not None else []), _saving(program, reads)]
     made = Budget(base, tuple(needs), promised, limits.get("observe"), limits.get("evaluate"), checking)
     least = base + max(need.least for need in needs) + SLACK
     if promised is not None and least > promised:
@@ -330,7 +330,9 @@ def _verifying(program: Program, level: str, room: int | None) -> tuple[Need | N
     return Need("verify", need, need), limits
 
 
-def _saving(program: Program, whole: bool) -> Need:
-    """What is queued, pieces in work, and where a step maps whole weights their copies in float32."""
-    need = (160 << 20) + (16 * _largest(program) if whole else 0)
+def _saving(program: Program, reads: Sequence[str]) -> Need:
+    """What is queued, pieces in work, and copies of whole weights: in float32 where a step maps them, and of the cut
+    columns where a bias compensates for them."""
+    copies = 16 if "whole" in reads else 6 if "rows" in reads else 0
+    need = (160 << 20) + copies * _largest(program)
     return Need("save", need, need)

@@ -188,6 +188,10 @@ class WeightStore:
         if isinstance(expr, Source | Const | Rows):
             value = self._read(expr)
             return value.to(wide) if wide is not None and value.dtype.is_floating_point else value
+        if expr.moves and wide is not None:
+            # Moved as it is stored: the bits are the same, and what is left out is never widened.
+            value = self._compute(expr, None)
+            return value.to(wide) if value.dtype.is_floating_point else value
         return expr.compute([self._compute(part, wide) for part in expr.parts()])
 
     def with_expr(self, name: str, change: Callable[[Expr], Expr]) -> WeightStore:
