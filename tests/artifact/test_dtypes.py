@@ -199,6 +199,6 @@ def test_damaged_headers_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_dtype_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(header({"a": tensor(0, 8, (16,), "F4")}, 8))
     source = CheckpointSource(tmp_path)
-    with pytest.raises(ArtifactError, match="'a' .* stored as F4") as caught:
+    with pytest.raises(ArtifactError, match=r"'a' .* stored as F4") as caught:
         source.get("a")
     assert caught.value.code == "dtype_not_read"
