@@ -52,7 +52,8 @@ def impure(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return node.op == "call_module"
-    return bool(target._schema.is_mutable) or torch.Tag.nondeterministic_seeded in target.tags
+    writes: bool = target._schema.is_mutable
+    return writes or torch.Tag.nondeterministic_seeded in target.tags
 
 
 def writable(node: fx.Node, template: Callable[[fx.Node], bool]) -> bool:
@@ -182,7 +183,7 @@ class Partition:
                 alive = [g for g in (left, right) if self.home.get(g.nodes[0]) is g and g.kernel is not None]
                 if len(alive) < 2 or left is right or left.first > right.first:
                     continue
-                reads = [sum(bytes_of(n) for n in g.kernel.inputs) for g in alive]  # type: ignore[union-attr]
+                reads = [sum(map(bytes_of, g.kernel.inputs)) for g in alive if g.kernel is not None]
                 if 2 * bytes_of(source) >= min(reads) and not self._around(right, left):
                     self._merge(left, right)
 

@@ -120,7 +120,7 @@ def held_of(program: Program) -> tuple[Held, ...]:
     found = []
     for node in program.graph.graph.nodes:
         if node.target is held_attention:
-            weights, sink, recent, compensate = node.args[8], *node.args[13:16]
+            weights, (sink, recent, compensate) = node.args[8], node.args[13:16]
             heavy = isinstance(weights, fx.Node) and weights.target is heavy_weights
             if heavy:
                 sink, recent = weights.args[10:12]

@@ -204,6 +204,8 @@ class LayoutRules:
         start = node.args[2] or 0
         end = node.args[3] if node.args[3] is not None else size
         factors = flat(axis)
+        if not factors:
+            return ()
         last = factors[-1]
         whole = isinstance(start, int) and isinstance(end, int) and 0 <= start < step and end >= size
         if not whole or not isinstance(last, Atom) or last.size % step:

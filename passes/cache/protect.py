@@ -91,7 +91,8 @@ def probe(program: Program, attentions: Sequence[Attention], tokens: int, repeat
     with torch.no_grad():
         call = fx.GraphModule(torch.nn.Module(), module.graph)
         values = call(*weights, *bind_inputs(program, {spec.name: once.repeat(1, repeats)}, "cpu"))
-    induction, echo = {}, {}
+    induction: dict[str, torch.Tensor] = {}
+    echo: dict[str, torch.Tensor] = {}
     count = tokens * repeats
     gap = torch.arange(count)[:, None] - torch.arange(count)
     copy = (gap > 0) & (gap % tokens == 0)

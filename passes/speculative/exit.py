@@ -10,7 +10,7 @@ from torch import fx
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.ir.rewriter import Rewriter
-from graphopt.ir.weights import Affine, Const
+from graphopt.ir.weights import Affine, Const, Expr
 from graphopt.passes.speculative.heads import Place, repeat_tail
 from graphopt.passkit.edits import Edit
 from graphopt.views import Views
@@ -105,11 +105,13 @@ class Exit(Edit):
     def _norm(self, rewriter: Rewriter, name: str, x: fx.Node, anchor: fx.Node) -> fx.Node:
         """An RMS norm whose gain begins as that of the norm before the output head, or as ones."""
         hidden, kind = rewriter.node(self.place.hidden), rewriter.program.dtype
-        expr, eps, in_float = Const(torch.ones(self.place.width, dtype=kind), kind), 1e-6, False
+        expr: Expr = Const(torch.ones(self.place.width, dtype=kind), kind)
+        eps, in_float = 1e-6, False
         if hidden.target is ops.rms_norm.default and isinstance(hidden.args[1], fx.Node):
             source = hidden.args[1]
             if "weight" in source.meta:
-                expr, eps, in_float = Affine(rewriter.weights[source.meta["weight"]].expr, 1.0), *hidden.args[2:4]
+                expr = Affine(rewriter.weights[source.meta["weight"]].expr, 1.0)
+                eps, in_float = hidden.args[2:4]
         gain = rewriter.add_weight(name, expr)
         return rewriter.call(ops.rms_norm.default, x, gain, eps, in_float, before=anchor)
 

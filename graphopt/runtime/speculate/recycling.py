@@ -39,7 +39,8 @@ class Recycle:
     def propose(self, root: int, budget: int) -> Tree:
         """A tree of at most `budget` nodes: candidates of candidates, as far as their lines are known."""
         shape = _template(self.ranks, budget)
-        token, parent, place = [root], [-1], {(): 0}
+        token, parent = [root], [-1]
+        place: dict[tuple[int, ...], int] = {(): 0}
         for path in shape.ordered:
             above = place.get(path[:-1])
             line = self.table.get(token[above]) if above is not None else None
