@@ -51,7 +51,7 @@ def impure(node: fx.Node) -> bool:
     """Whether a node's place in the order matters: it writes, or draws random numbers."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return node.op == "call_module"
+        return bool(node.op == "call_module")
     writes: bool = target._schema.is_mutable
     return writes or torch.Tag.nondeterministic_seeded in target.tags
 

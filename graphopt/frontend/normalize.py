@@ -147,7 +147,9 @@ def drop_empty_pieces(graph: fx.Graph) -> None:
 
 
 def _is_empty(piece: fx.Node, dim: int) -> bool:
-    size = piece.meta["val"].shape[dim]
+    shape = piece.meta["val"].shape
+    # A cat takes an empty vector for a piece of any rank.
+    size = shape[dim] if len(shape) > 1 else shape[0]
     return isinstance(size, int) and size == 0
 
 

@@ -61,8 +61,10 @@ def _logits(node: Any) -> _Scores | None:
     while isinstance(node, fx.Node):
         if is_op(node, aten.to, aten.clone):
             node = node.args[0]
-        elif is_op(node, aten.view, aten.reshape) and view is None:
-            view, node = node, node.args[0]
+        elif is_op(node, aten.view, aten.reshape) and _folds_heads(node):
+            # Masks are added to [B, H, S, T] between products of [B * H, S, T]: there and back is common.
+            view = node if node.meta["val"].dim() == 4 else view
+            node = node.args[0]
         elif is_op(node, aten.mul, aten.div) and _number(node.args[1]) is not None:
             factor = _number(node.args[1]) or 0.0
             factor = factor if is_op(node, aten.mul) else 1.0 / factor
@@ -107,6 +109,12 @@ def _logits(node: Any) -> _Scores | None:
         else:
             return None
     return None
+
+
+def _folds_heads(node: fx.Node) -> bool:
+    """Whether a reshape leaves queries and keys alone."""
+    before, after = (n.meta["val"].shape for n in (node.args[0], node))  # type: ignore[union-attr]
+    return {len(before), len(after)} <= {3, 4} and list(before[-2:]) == list(after[-2:])
 
 
 def _holds_scores(node: fx.Node) -> bool:

@@ -313,6 +313,20 @@ def indices(axis: Axis, keep: Mapping[Atom, Keep]) -> Indices:
     return position
 
 
+def kept_size(axis: Axis, keep: Mapping[Atom, Keep]) -> int:
+    """How many indices of a fixed-size axis stay; unlike `indices` it needs no axis that the rows of a table belong to."""
+    size = 1
+    for factor in flat(axis):
+        if isinstance(factor, Dyn):
+            raise ValueError("an axis of symbolic size has no index list")
+        if factor.parts is not None:
+            size *= sum(kept_size(piece, keep) for piece in factor.parts.axes)
+        else:
+            chosen = keep.get(factor)
+            size *= factor.size if chosen is None else chosen.size
+    return size
+
+
 def _sum_indices(parts: Parts, keep: Mapping[Atom, Keep]) -> Indices:
     found, offset = [], 0
     for piece in parts.axes:

@@ -13,7 +13,7 @@ from torch import fx
 from graphopt.diagnostics import PlanError
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Affine, Expr, Take
-from graphopt.views.atoms import Atom, Axis, Keep, find, flat, indices, leaves
+from graphopt.views.atoms import Atom, Axis, Keep, find, flat, indices, kept_size, leaves
 from graphopt.views.labels import Labels
 from graphopt.views.sizes import slice_bounds
 
@@ -75,7 +75,7 @@ class _Cutter:
             self._fix_slice(node, today)
         elif packet is aten.layer_norm:
             if self.touched(axes[-1]):
-                today.args = (today.args[0], [len(self.kept(axes[-1]))], *today.args[2:])
+                today.args = (today.args[0], [kept_size(axes[-1], self.keep)], *today.args[2:])
         elif packet is aten.unflatten:
             dim = node.args[1] % len(self.labels.of(node.args[0]))  # type: ignore[operator,arg-type]
             sizes = [self._size(axes[dim + i], old) for i, old in enumerate(node.args[2])]  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class _Cutter:
     def _size(self, axis: Axis, old: Any) -> Any:
         if not isinstance(old, int) or old in (-1, 1) or not self.touched(axis):
             return old
-        return len(self.kept(axis))
+        return kept_size(axis, self.keep)
 
     def _fix_shape_list(self, node: fx.Node, today: fx.Node, axes: list[Axis]) -> None:
         """Rewrite the one list argument that spells the result's shape, where an op has one."""

@@ -51,7 +51,8 @@ def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[f
     """Nodes that every path from `start` to the first result passes, in order, and all nodes on such paths."""
     result = program.output_nodes[0]
     forward = reachable([start], lambda n: n.users)
-    both = {n for n in reachable([result], lambda n: n.all_input_nodes) if n in forward}
+    # Sizes are read off one tensor and used at another: no value passes there.
+    both = {n for n in reachable([result], lambda n: n.all_input_nodes) if n in forward and not _is_size(n)}
     if result not in both:
         return (), both
     if start is result:
@@ -68,6 +69,10 @@ def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[f
         node = dominators[node]
         points.append(node)
     return tuple(points), both
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def sublayers(

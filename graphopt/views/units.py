@@ -83,6 +83,8 @@ def unit_groups(views: Views, family: str) -> tuple[UnitGroup, ...]:
         for attention in block.attentions if family in ("query", "kv_group") else ():
             grouped = family == "query" and attention.heads != attention.kv_heads
             leaf, by = (attention.query_group, attention.kv_group) if grouped else (attention.kv_group, None)
+            # One KV head is shared by all query heads, which then are rows of one table.
+            by = None if by is not None and by.size == 1 else by
             add(attention.path, block, leaf, by)
         if family == "neuron":
             for dense in block.feed_forwards:

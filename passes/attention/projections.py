@@ -122,8 +122,7 @@ def _input_side(core: fx.Node, position: int, linear: Linear) -> Side:
     end = core.args[position]
     assert isinstance(end, fx.Node)
     out = _width(linear.node)
-    rank = linear.node.meta["val"].dim()
-    numbers: dict[fx.Node, Any] = {linear.node: torch.arange(out).reshape(*[1] * (rank - 1), out)}
+    numbers: dict[fx.Node, Any] = {linear.node: torch.arange(out).expand(_fixed(linear.node))}
     nodes = _region(linear.node, end)
     turned, normed, gated = _send(nodes[1:], numbers)
     if gated and position:
@@ -136,17 +135,22 @@ def _input_side(core: fx.Node, position: int, linear: Linear) -> Side:
 def _output_side(core: fx.Node, linear: Linear) -> Side:
     value = core.meta["val"]
     heads, width = int(value.shape[1]), int(value.shape[3])
-    numbers: dict[fx.Node, Any] = {core: torch.arange(heads * width).reshape(1, heads, 1, width)}
+    numbers: dict[fx.Node, Any] = {core: torch.arange(heads * width).reshape(1, heads, 1, width).expand(_fixed(core))}
     nodes = _region(core, linear.x)
     _, _, gated = _send(nodes[1:], numbers)
     inside = {*nodes, linear.node}
     for node in nodes:
         _check_users(node, inside, "results")
-    arrived = numbers[linear.x].reshape(-1)
+    arrived = numbers[linear.x].reshape(-1, heads * width)[0]
     if not torch.equal(arrived.sort().values, torch.arange(heads * width)):
         raise Unfit("the output projection does not read every feature of every head once")
     rows = torch.argsort(arrived).reshape(heads, width)
     return Side(linear, rows, nodes, numbers, torch.empty(0, 2).long(), False, gated)
+
+
+def _fixed(node: fx.Node) -> list[int]:
+    """The shape of a node's value where batch and length are 1, unless the graph fixes them."""
+    return [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
 
 
 def _width(node: fx.Node) -> int:

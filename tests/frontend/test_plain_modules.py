@@ -106,8 +106,8 @@ def encoder(norm_first: bool) -> nn.Module:
 CASES = {
     "gpt": (lambda: HandWrittenGPT(), TOKENS, (3, 5), (3, 3, 3)),
     "gpt, fused": (lambda: HandWrittenGPT(fused=True), TOKENS, (3, 5), (3, 3, 3)),
-    "encoder, post-norm": (lambda: encoder(False), SOURCE, (2, 7, 32), (3, 3, None)),
-    "encoder, pre-norm": (lambda: encoder(True), SOURCE, (2, 7, 32), (3, 3, None)),
+    "encoder, post-norm": (lambda: encoder(False), SOURCE, (2, 7, 32), (3, 3, 3)),
+    "encoder, pre-norm": (lambda: encoder(True), SOURCE, (2, 7, 32), (3, 3, 3)),
     "attention": (SelfAttention, HIDDEN, (2, 7, 32), (1, 0, None)),
     "convolutions": (
         SmallConvNet,
