@@ -33,7 +33,6 @@ class Options:
     products: str = "auto"
     backward: str = "eager"
     report: Any = None
-    spec: Any = None
     target: str | None = None
 
     @classmethod
