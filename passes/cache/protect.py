@@ -74,11 +74,7 @@ def probe(program: Program, attentions: Sequence[Attention], tokens: int, repeat
     spec = next((s for s in program.entry.inputs if s.role == "tokens"), None)
     longest = next((dim.high for dim in program.dims if spec is not None and dim.name in spec.shape[1:]), 0)
     if spec is None or tokens * repeats > longest:
-        raise PlanError.of(
-            "probe_too_long",
-            f"{repeats} times {tokens} random tokens do not fit the program, which takes {longest}",
-            help=("probe with fewer tokens or repeats",),
-        )
+        raise _too_long(tokens, repeats, f"it takes {longest}")
     module = specialised(program, torch.float32, "cpu")
     wanted = {node.name: node for node in module.graph.nodes}
     sides = [wanted[side.name] for a in attentions for side in a.core.args[:2]]  # type: ignore[union-attr]
@@ -87,10 +83,17 @@ def probe(program: Program, attentions: Sequence[Attention], tokens: int, repeat
     names = [node.meta["weight"] for node in module.graph.nodes if "weight" in node.meta]
     weights = [program.weights.evaluate(name, torch.float32) for name in names]
     generator = torch.Generator().manual_seed(seed)
-    once = torch.randint(0, _vocabulary(program), (_ROWS, tokens), generator=generator)
+    vocabulary = _vocabulary(program)
+    # Tokens that differ have no copies but those that the probe makes.
+    some = [torch.randperm(vocabulary, generator=generator)[:tokens] for _ in range(_ROWS)]
+    once = torch.stack(some).repeat(1, -(-tokens // vocabulary))[:, :tokens]
     with torch.no_grad():
         call = fx.GraphModule(torch.nn.Module(), module.graph)
-        values = call(*weights, *bind_inputs(program, {spec.name: once.repeat(1, repeats)}, "cpu"))
+        try:
+            values = call(*weights, *bind_inputs(program, {spec.name: once.repeat(1, repeats)}, "cpu"))
+        except IndexError as error:
+            # A table of positions may be shorter than what the capture allows.
+            raise _too_long(tokens, repeats, "it looks positions up in a table that is shorter") from error
     induction: dict[str, torch.Tensor] = {}
     echo: dict[str, torch.Tensor] = {}
     count = tokens * repeats
@@ -105,6 +108,14 @@ def probe(program: Program, attentions: Sequence[Attention], tokens: int, repeat
             score = (rows * mask[tokens:]).sum(-1).mean((0, 3)).amax(-1)
             table[attention.path] = score.tolist()
     return {"induction": induction, "echo": echo}
+
+
+def _too_long(tokens: int, repeats: int, why: str) -> PlanError:
+    return PlanError.of(
+        "probe_too_long",
+        f"{repeats} times {tokens} random tokens do not fit the program: {why}",
+        help=("probe with fewer tokens or repeats",),
+    )
 
 
 def _vocabulary(program: Program) -> int:
