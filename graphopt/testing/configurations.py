@@ -67,6 +67,8 @@ class Drawer:
         optional: dict[str, Any] = {}
         for name, field in kind.model_fields.items():
             drawn = self.value(_annotation(field), field.alias or name)
+            if drawn is None and field.examples:
+                drawn = st.sampled_from(list(field.examples))
             if drawn is None:
                 continue
             (required if field.is_required() or _is_tag(field) else optional)[field.alias or name] = drawn

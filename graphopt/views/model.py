@@ -145,16 +145,17 @@ class Views:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Layers in stream order, stack after stack."""
-        found: list[Block] = []
+        stacks: list[list[list[SubLayer]]] = []
         taken: set[fx.Node] = set()
-        for number, regions in enumerate(self._sublayers):
+        # A stream ends in the result, and so passes the last layers of the stacks behind its own: those take them first.
+        for regions in reversed(self._sublayers):
             held = {s: [a for a in self.attentions if a.core in s.nodes] for s in regions if s.kind == "attention"}
             crosses = {s for s, inside in held.items() if inside and all(a.cross for a in inside)}
-            for members in layers(regions, crosses):
-                if members[-1].exit not in taken:
-                    taken.add(members[-1].exit)
-                    found.append(self._block(len(found), number, members))
-        return tuple(found)
+            cut = [m for m in layers(regions, crosses) if not any(node in taken for s in m for node in s.nodes)]
+            taken.update(node for members in cut for s in members for node in s.nodes)
+            stacks.insert(0, cut)
+        numbered = [(number, members) for number, cut in enumerate(stacks) for members in cut]
+        return tuple(self._block(index, number, members) for index, (number, members) in enumerate(numbered))
 
     def _block(self, index: int, stack: int, members: list[SubLayer]) -> Block:
         nodes = {node for member in members for node in member.nodes}

@@ -146,7 +146,23 @@ def _mixes(node: fx.Node, packet: object) -> bool:
     if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.tril, aten.triu):
         return bool(node.meta["val"].dtype.is_floating_point)
     factors = node.args[1] if packet is aten.einsum else node.args[:2]
-    return all(isinstance(f, fx.Node) and not _from_weights(f) for f in factors)  # type: ignore[union-attr]
+    if any(not isinstance(f, fx.Node) or _from_weights(f) for f in factors):  # type: ignore[union-attr]
+        return False
+    return any(not isinstance(size, int) for size in _summed(node, packet))
+
+
+def _summed(node: fx.Node, packet: object) -> list[object]:
+    """Sizes of the axes that a product of two activations sums over: mixing experts sums over experts, not tokens."""
+    if packet is not aten.einsum:
+        return [node.args[0].meta["val"].shape[-1]]  # type: ignore[union-attr]
+    terms, _, kept = str(node.args[0]).replace(" ", "").partition("->")
+    found: list[object] = []
+    for term, factor in zip(terms.split(","), node.args[1], strict=True):  # type: ignore[arg-type]
+        head, dots, tail = term.partition("...")
+        shape = factor.meta["val"].shape  # type: ignore[union-attr]
+        named = [*zip(head, shape, strict=False), *(zip(reversed(tail), reversed(shape), strict=False) if dots else ())]
+        found += [size for letter, size in named if letter not in kept]
+    return found
 
 
 def _from_weights(node: fx.Node) -> bool:
@@ -172,7 +188,8 @@ def layers(found: Sequence[SubLayer], crosses: set[SubLayer]) -> list[list[SubLa
     """
     runs: list[list[SubLayer]] = [[]]
     for sublayer in found:
-        if sublayer.residual or (sublayer.kind == "other" and same_shape(sublayer.entry, sublayer.exit)):
+        plain = sublayer.kind == "other" and (same_shape(sublayer.entry, sublayer.exit) or _is_reshape(sublayer))
+        if sublayer.residual or plain:
             runs[-1].append(sublayer)
         elif runs[-1]:
             runs.append([])
@@ -181,6 +198,14 @@ def layers(found: Sequence[SubLayer], crosses: set[SubLayer]) -> list[list[SubLa
         kinds = "".join("c" if s in crosses else _LETTER[s.kind] for s in run)
         made.extend(run[a:b] for a, b in _cuts(kinds))
     return made
+
+
+def _is_reshape(sublayer: SubLayer) -> bool:
+    """Whether nothing happens but that batch and length are folded into one axis or parted again."""
+    return len(sublayer.nodes) == 1 and getattr(sublayer.exit.target, "overloadpacket", None) in (
+        aten.view,
+        aten.reshape,
+    )
 
 
 def _cuts(kinds: str) -> list[tuple[int, int]]:
@@ -200,11 +225,13 @@ def _cuts(kinds: str) -> list[tuple[int, int]]:
 
 def _irregular(kinds: str) -> list[tuple[int, int]]:
     firsts: list[int] = []
-    fed = True
+    seen: set[str] = set()
     for i, kind in enumerate(kinds):
-        if kind in "ap" or (kind == "c" and fed):
+        # Self- and cross-attention share a layer, in either order, until it has fed forward.
+        if kind in "apc" and (not firsts or kind in seen or seen & {"f", "p"} or (kind == "p" and seen & {"a", "c"})):
             firsts.append(i)
-        fed = kind in "fp" or (fed and kind != "a")
+            seen = set()
+        seen.add(kind)
     bounds = list(zip(firsts, [*firsts[1:], len(kinds)], strict=True))
     first, end = bounds[-1]
     tail = kinds[first:end]

@@ -81,6 +81,9 @@ class Heads:
 
 def find_heads(views: Views, attention: Attention) -> Heads:
     """Locate every head of an attention in its weights; raises Unfit with the reason when that is impossible."""
+    if attention.core.target is not torch.ops.graphopt.attention.default:
+        packet = str(getattr(attention.core.target, "overloadpacket", attention.core.target)).replace(".", "::")
+        raise Unfit(f"{packet} says what its KV heads keep, one by one; regroup heads before their caches are bounded")
     linears = {}
     for name in "qkvo":
         linear = getattr(attention, name)

@@ -80,7 +80,8 @@ def test_cleanup_leaves_tables_whose_type_does_not_follow_the_run(law: str) -> N
 def test_a_model_without_neurons_to_cut_is_declined() -> None:
     program = trial(_REGISTRY.get("prune_neurons").model_validate({"keep": 1}), build(POOL[0])).after
     again = trial(_REGISTRY.get("prune_neurons").model_validate({"keep": 1}), program).plan
-    assert [decline.candidate for decline in again.declines] == ["model:neuron"]
+    assert not again.edits
+    assert [decline.candidate for decline in again.declines] == [f"layers.{i}.feed_forward:neuron" for i in range(2)]
 
 
 def test_a_list_of_layers_reads_back() -> None:
