@@ -35,7 +35,7 @@ class HeadsLoss(Strict):
     distribution (Hydra, arXiv 2402.05109).
     """
 
-    weight: Weight = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     target: Literal["text", "base"] = "text"
 

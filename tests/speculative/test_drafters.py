@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from graphopt.ir.program import Applied
 from graphopt.passes.speculative.insert_exit import InsertExit
+from graphopt.passes.speculative.insert_heads import InsertHeads
 from graphopt.passes.speculative.speculate import Speculate
 from graphopt.passkit import Context
 from graphopt.passkit.drafting import Drafting
@@ -277,3 +279,10 @@ def test_how_a_program_decodes_comes_from_its_trail() -> None:
     applied = Applied("s", {}, "exact", (edit,), (), {}, {}, {})
     assert drafting_of(replace(program("llama"), trail=(applied,))) == drafting
     assert drafting_of(program("llama")) is None
+
+
+def test_heads_without_weight_are_refused_where_they_are_written() -> None:
+    # Found by fuzzing: the weight 0 was taken, and planning failed.
+    for kind in (InsertHeads, InsertExit):
+        with pytest.raises(ValidationError, match="greater than 0"):
+            kind.model_validate({"loss": {"weight": 0.0}})
