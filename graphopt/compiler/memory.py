@@ -23,9 +23,10 @@ from graphopt.cost.count import dimension_names
 from graphopt.cost.flops import sizes_of
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
+from graphopt.ir.reach import ancestors
 from graphopt.ir.run import specialised
 from graphopt.observe import Tap
-from graphopt.observe.stream import PIECE, Limits, Segment, Visit, ancestors, cut
+from graphopt.observe.stream import PIECE, Limits, Segment, Visit, cut
 from graphopt.views import Views
 
 aten = torch.ops.aten

@@ -11,10 +11,11 @@ from torch import fx
 
 from graphopt.diagnostics import PlanError, did_you_mean
 from graphopt.ir.program import Program
+from graphopt.ir.reach import ancestors
 from graphopt.ir.run import bind_inputs, specialised
 from graphopt.observe.accumulate import ACCUMULATORS, Accumulator, Tokens
 from graphopt.observe.distributed import gathered, mine, world
-from graphopt.observe.stream import Layered, Limits, Visit, ancestors, compute, cut, stream
+from graphopt.observe.stream import Layered, Limits, Visit, compute, cut, stream
 from graphopt.observe.taps import Statistic, Statistics, Tap
 from graphopt.observe.text import next_token_loss, token_input
 from graphopt.views import Views

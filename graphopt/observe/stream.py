@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
+from graphopt.ir.reach import ancestors
 from graphopt.observe.spill import Spill
 from graphopt.views import Views
 
@@ -199,18 +200,6 @@ def cut(
             close()
     close()
     return found
-
-
-def ancestors(start: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes that some nodes depend on, themselves included."""
-    seen = set(start)
-    stack = list(seen)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _bytes(program: Program, weight: fx.Node, dtype: torch.dtype | None) -> int:

@@ -1,4 +1,4 @@
-"""What nodes depend on."""
+"""Parameters that nodes depend on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from graphopt.ir.program import Program
-
-
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and all that they depend on."""
-    stack = list(nodes)
-    seen = set(stack)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
+from graphopt.ir.reach import ancestors
 
 
 def parameters_of(program: Program, nodes: Iterable[fx.Node]) -> list[str]:

@@ -46,7 +46,8 @@ def between(entry: fx.Node, exit: fx.Node) -> set[fx.Node]:
     return ahead
 
 
-TRANSPARENT = {
+# Operations that put entries elsewhere and change none.
+MOVES = {
     aten.view,
     aten.reshape,
     aten.transpose,
@@ -63,15 +64,18 @@ TRANSPARENT = {
     aten.unbind,
     aten.slice,
     aten.select,
-    aten.to,
     aten._unsafe_view,
+    aten.cat,
+}
+TRANSPARENT = {
+    *MOVES,
+    aten.to,
     torch.ops.graphopt.rotary,
     torch.ops.graphopt.rms_norm,
     aten.layer_norm,
     aten.add,
     aten.mul,
     aten.neg,
-    aten.cat,
     aten.expand,
     aten.stack,
 }

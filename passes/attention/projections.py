@@ -14,30 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.views import Attention, Linear, Views
+from graphopt.views.trace import MOVES
 
 aten = torch.ops.aten
 
-_LAYOUT = {
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.transpose,
-    aten.permute,
-    aten.contiguous,
-    aten.clone,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.flatten,
-    aten.unflatten,
-    aten.split,
-    aten.split_with_sizes,
-    aten.chunk,
-    aten.unbind,
-    aten.slice,
-    aten.select,
-    aten.cat,
-    aten.alias,
-}
+_LAYOUT = {*MOVES, aten.alias}
 _NORMS = {torch.ops.graphopt.rms_norm, aten.layer_norm}
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Input
+from graphopt.ir.reach import ancestors
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Affine, Const
 from graphopt.passkit.edits import Edit
-from graphopt.passkit.reach import ancestors
 from graphopt.views import Views, size_of
 
 aten = torch.ops.aten
