@@ -53,13 +53,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _GATED),
 }
 
+_PAIR = {"vocab_size": 96, "d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+_STACKS = {
+    f"{stack}_{size}": count
+    for stack in ("encoder", "decoder")
+    for size, count in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 56))
+}
+TEXT_TO_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5Config", {**_PAIR, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4}),
+    "bart": ("BartConfig", {**_PAIR, **_STACKS, "max_position_embeddings": 64}),
+    "marian": ("MarianConfig", {**_PAIR, **_STACKS, "max_position_embeddings": 64}),
+}
+
 
 def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random transformers model of a named tiny config, float32, with weights large enough to matter."""
-    kind, values = CONFIGS[name]
+    auto = transformers.AutoModelForCausalLM if name in CONFIGS else transformers.AutoModelForSeq2SeqLM
+    kind, values = CONFIGS[name] if name in CONFIGS else TEXT_TO_TEXT[name]
     config = getattr(transformers, kind)(**{**values, **changes})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    model = auto.from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -118,6 +118,10 @@ class Rewriter:
         """Let an input go on exit; nothing may read it by then."""
         del self._inputs[name]
 
+    def set_role(self, name: str, role: str) -> None:
+        """Let an input mean something else from now on."""
+        self._inputs[name] = replace(self._inputs[name], role=role)
+
     def input_node(self, name: str) -> fx.Node:
         """Today's placeholder of an input."""
         return next(node for node in self.graph.nodes if node.meta.get("input") == name)

@@ -42,6 +42,7 @@ class Slots:
         self.start = held[0] if held.count(held[0]) == len(held) else None
         self.chain = ancestors is None or count == 1 or self._is_chain(ancestors)
         self._visible: dict[int | None, torch.Tensor | None] = {}
+        self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
         self._at: torch.Tensor | None = None
         self._places: torch.Tensor | None = None
         self._positions = positions
@@ -94,6 +95,16 @@ class Slots:
         if window not in self._visible:
             self._visible[window] = self._see(window)
         return self._visible[window]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What `visible` says as a bias of logits, made once for all layers: kernels make one of it in each call."""
+        key = (window, dtype)
+        if key not in self._biases:
+            visible = self.visible(window)
+            if visible is not None:
+                visible = torch.zeros((), dtype=dtype, device=visible.device).where(visible, float("-inf"))
+            self._biases[key] = visible
+        return self._biases[key]
 
     def _see(self, window: int | None) -> torch.Tensor | None:
         if self.count == 1 and self.start is not None:
@@ -156,6 +167,10 @@ def attend(
     held, gain = keys.narrow(2, 0, slots.used), values.narrow(2, 0, slots.used)
     if held.dtype != q.dtype:
         held, gain = held.to(q.dtype), gain.to(q.dtype)
+    if mask is sinks is softcap is None:
+        bias = slots.bias(window, q.dtype)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, held, gain, attn_mask=bias, scale=scale, enable_gqa=grouped)
     visible = slots.visible(window)
     if mask is not None:
         mask = slots.columns(mask)

@@ -52,11 +52,19 @@ class Decoder:
             count = tokens.shape[1]
             positions = None if ancestors is None else cache.lengths[:, None] + (ancestors.sum(-1) - 1)
             slots = Slots(cache.lengths, count, cache.capacity, positions, ancestors)
-            name = "tree" if slots.start is None or ancestors is not None else "token" if count == 1 else "text"
+            # Tables by place serve all rows at once when the rows stand at the same places.
+            if slots.start is None or (ancestors is not None and len(ancestors) > 1):
+                name = "ragged"
+            else:
+                name = "token" if count == 1 else "text"
             form, given = self.lowered.forms[name], cache.given[name]
             given[form.inputs["tokens"]] = tokens
             for (index, axis), table in zip(form.tables, cache.tables[name], strict=True):
-                given[index] = table.narrow(axis, slots.start, count)
+                given[index] = (
+                    table.narrow(axis, slots.start, count)
+                    if positions is None
+                    else table.index_select(axis, positions[0])
+                )
             for role in form.inputs:
                 if role != "tokens":
                     given[form.inputs[role]] = getattr(slots, role)

@@ -45,6 +45,7 @@ class Sampling:
 def generate(
     model: Program | Runner | Decoder,
     input_ids: torch.Tensor,
+    /,
     *,
     max_new_tokens: int,
     padding: torch.Tensor | None = None,

@@ -1,8 +1,8 @@
 """From a program with a cache to a Python function for its step: folded, hoisted, tabulated and with fewer, cheaper calls.
 
 The function takes the `Slots` of the step and a flat list of tensors. Three forms are made: for ordinary text in rows of
-equal length, which reads tables of what depends on positions; for one token of such text, which needs no transposing; and
-for everything else.
+equal length, which reads tables of what depends on positions (a token tree, too, picks its places from them); for one
+token of such text, which needs no transposing; and for everything else.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from graphopt.ops.cached import attend, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
 from graphopt.ops.library import rotary
 from graphopt.runtime.native import NATIVE, rms_norm, turn
-from graphopt.runtime.stages import Stage, place_axis, stages, tables
+from graphopt.runtime.stages import Stage, counts_rows, place_axis, stages, tables
 
 aten = torch.ops.aten
 # A value of the program by its node, or one that only the functions have by its name.
 Key: TypeAlias = fx.Node | str
 Values: TypeAlias = dict[Key, Any]
 _WIDE = (torch.float32, torch.float64)
+_PAGE, _LINE = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,12 @@ class Lowered:
         self.forms = {
             "text": _Writer(self, known).form(),
             "token": _Writer(self, known, single=True).form(),
-            "tree": _Writer(self, set()).form(),
+            "ragged": _Writer(self, set()).form(),
         }
-        self._early = [n for n in self.order if self.stage[n] == Stage.START and n.op != "placeholder"]
+        roles = {spec.name: spec.role for spec in program.entry.inputs}
+        self._rows = [n for n in self.order if counts_rows(n, roles)]
+        early = [n for n in self.order if self.stage[n] == Stage.START and n.op != "placeholder"]
+        self._early = [n for n in early if n not in self._rows]
         self._placed = self._behind(self.tables)
         wanted: set[Key] = {key for form in self.forms.values() for key in form.takes}
         for node in [*self._early, *self._placed]:
@@ -118,6 +122,8 @@ class Lowered:
                     values[node] = context[name].to(self.device)
                 elif self.stage[node] == Stage.PLACE:
                     places[node] = torch.arange(capacity, device=self.device)[None]
+        rows = next(iter(buffers.values())).shape[0]
+        values |= dict.fromkeys(self._rows, rows)
         for node in self._early:
             values[node] = self.run(node, values)
         places |= values
@@ -342,9 +348,16 @@ def _as_heads(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _by_columns(weights: list[torch.Tensor]) -> torch.Tensor:
-    """Weights `[out, in]` one below the other, stored by columns: the product with one row reads them faster so."""
+    """Weights `[out, in]` one below the other, stored by columns: the product with one row reads them faster so.
+
+    Columns a multiple of the page apart share cache sets, which makes products with a few rows slower by half; a gap of
+    one cache line behind each keeps them apart.
+    """
     whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return whole.t().contiguous().t()
+    rows, columns = whole.shape
+    gap = _LINE // whole.element_size() if rows * whole.element_size() % _PAGE == 0 else 0
+    stored = whole.new_empty(columns, rows + gap)[:, :rows]
+    return stored.copy_(whole.t()).t()
 
 
 def _whole(node: fx.Node) -> bool:

@@ -32,6 +32,7 @@ class Stage(IntEnum):
 _LAYOUTS = {aten.unsqueeze, aten.to, aten.transpose, aten.contiguous, aten.clone}
 _ALONG = {aten.cat: 1, aten.select: 1, aten.slice: 1, aten.repeat_interleave: 2}
 _READERS = {torch.ops.graphopt.rotary}
+_OF_A_STEP = ("tokens", "positions", "lengths", "ancestors")
 
 
 def stages(program: Program) -> dict[fx.Node, Stage]:
@@ -45,12 +46,20 @@ def stages(program: Program) -> dict[fx.Node, Stage]:
         elif node.op == "output":
             found[node] = Stage.STEP
         elif _packet(node) is aten.sym_size and roles.get(node.args[0].meta.get("input", "")) == "cache":
-            found[node] = Stage.START if node.args[1] == 2 else Stage.STEP
+            found[node] = Stage.START if node.args[1] in (0, 2) else Stage.STEP
+        elif counts_rows(node, roles):
+            found[node] = Stage.START
         else:
             found[node] = max((found[source] for source in node.all_input_nodes), default=Stage.LOAD)
             if not is_pure(node) or (found[node] == Stage.PLACE and not _by_place(node)):
                 found[node] = Stage.STEP
     return found
+
+
+def counts_rows(node: fx.Node, roles: dict[str, str]) -> bool:
+    """Whether a node is the number of rows, which holds for a whole text, as a step's input has it."""
+    of = node.args[0] if _packet(node) is aten.sym_size else None
+    return isinstance(of, fx.Node) and node.args[1] == 0 and roles.get(of.meta.get("input", "")) in _OF_A_STEP
 
 
 def _of_input(node: fx.Node, role: str | None) -> Stage:

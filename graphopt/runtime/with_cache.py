@@ -15,6 +15,7 @@ def with_cache(program: Program) -> tuple[Program, str | None]:
     views = Views(program)
     plan = PassRegistry().get("insert_cache")().plan(Context(views, tuple(range(len(views.blocks)))))
     if not plan.edits:
-        declined = plan.declines[0]
+        # Those come first whose keys do not grow, which is no obstacle.
+        declined = plan.declines[-1]
         return program, f"{declined.candidate}: {declined.reason}"
     return apply_edits(program, views, plan.edits, "insert_cache"), None

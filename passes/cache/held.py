@@ -51,7 +51,8 @@ class HeldSlot(Slot):
         stage = Stage.of(rewriter, views.program)
         buffers = stage.buffers(self)
         core = rewriter.node(self.node)
-        q, k, v, _, sinks, scale, _, _, softcap, turned, _, _, sink, recent, heavy, compensate = core.args
+        q, k, v, _, sinks, scale, _, _, softcap = core.args[:9]
+        turned, (_, sink, recent, heavy, compensate) = _turned(core), _policy(core, self.kv_heads)
         group = q.meta["val"].shape[1] // self.kv_heads  # type: ignore[union-attr]
         free = tuple(h for h in range(self.kv_heads) if h not in self.heads)
 
@@ -65,7 +66,7 @@ class HeldSlot(Slot):
             return of(q, 1, heads, group), of(k, 1, heads, 1), of(v, 1, heads, 1), of(sinks, 0, heads, group)
 
         mine, my_keys, my_values, my_sinks = sides(self.heads)
-        held = self._inputs(rewriter, stage, heavy > 0, compensate)  # type: ignore[operator]
+        held = self._inputs(rewriter, stage, heavy > 0, compensate)
         weights = None
         if heavy:
             weights = rewriter.call(
@@ -117,14 +118,27 @@ class HeldSlot(Slot):
 
 
 def held_slot(slot: Slot, core: fx.Node) -> HeldSlot:
-    """A slot of a bounded attention from what it would be if nothing were bounded."""
-    heads, sink, recent, heavy = core.args[11:15]
-    bounded, (kv_heads, size), (_, value_size) = tuple(heads), slot.keys, slot.values  # type: ignore[arg-type]
+    """A slot of a bounded attention, or of one with a window, from what it would be if nothing were bounded."""
+    (kv_heads, size), (_, value_size) = slot.keys, slot.values
+    bounded, sink, recent, heavy, _ = _policy(core, kv_heads)
     free = kv_heads - len(bounded)
     return HeldSlot(
         slot.view, slot.node, slot.index, (free, size), (free, value_size), slot.dtype, bounded, kv_heads,
-        capacity(sink, recent, heavy),  # type: ignore[arg-type]
+        capacity(sink, recent, heavy),
     )  # fmt: skip
+
+
+def _policy(core: fx.Node, kv_heads: int) -> tuple[tuple[int, ...], int, int, int, bool]:
+    """Bounded KV heads, `sink`, `recent`, `heavy` and `compensate`; a window is the last tokens of all heads."""
+    if core.target is ops.bounded_attention.default:
+        heads, sink, recent, heavy, compensate = core.args[11:16]
+        return tuple(heads), sink, recent, heavy, compensate  # type: ignore[arg-type,return-value]
+    return tuple(range(kv_heads)), 0, core.args[7], 0, False  # type: ignore[return-value]
+
+
+def _turned(core: fx.Node) -> Any:
+    """Queries at their places inside the cache, where a bounded attention has them."""
+    return core.args[9] if core.target is ops.bounded_attention.default else None
 
 
 def _index(rewriter: Rewriter, rows: tuple[int, ...]) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graphopt.passkit.base import Context, Pass
 from graphopt.passkit.facts import Effect, Fact
@@ -23,6 +23,8 @@ class InsertCache(Pass):
     learned positions, biases by distance) is computed from the positions instead; what it computed from the padding
     goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow. Heads
     that a bound_cache step has bounded get buffers of their entries alone, and return what the runtime then takes in.
+    `windows: ring` does the same for attention with a window: its buffers hold as many entries as the window, whatever
+    the length of the text, and what has left it is gone, so that such a cache is cut to nothing or not at all.
 
     A model whose tokens meet outside of causal attention (convolutions over time, state spaces, token shift) is
     declined with the name of the node. So is one whose bias has no proven meaning at a cached step. Put passes that
@@ -37,6 +39,9 @@ class InsertCache(Pass):
     effect: ClassVar[Effect] = Effect.LOSSLESS_DECODE
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED})
     adds: ClassVar[frozenset[Fact]] = frozenset({Fact.KV_CACHED})
+
+    windows: Literal["whole", "ring"] = "whole"
+    """whether attention with a window keeps all entries, or those that its window reaches"""
 
     def plan(self, context: Context) -> Plan:
         """An edit for each attention that decodes, a decline for each that needs no cache; all or none of the former."""
@@ -99,7 +104,10 @@ class InsertCache(Pass):
             (int(v.shape[1]), int(v.shape[3])),
             k.dtype,
         )
-        return held_slot(slot, attention.core) if attention.core.target is bounded_attention else slot
+        core, window, mask = attention.core, attention.core.args[7], attention.core.args[3]
+        computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
+        ring = self.windows == "ring" and window is not None and not computed
+        return held_slot(slot, core) if ring or core.target is bounded_attention else slot
 
     def _unfit(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention cannot be cached."""

@@ -47,7 +47,10 @@ class Sequence:
 
     def __init__(self, program: Program, tokens: Input) -> None:
         self.program, self.tokens = program, tokens
-        self.roles = {spec.name: spec.role for spec in program.entry.inputs}
+        # Padding and positions of another text are values like any other.
+        self.roles = {
+            spec.name: spec.role if spec.shape[:2] == tokens.shape else "values" for spec in program.entry.inputs
+        }
         placeholder = next(n for n in program.graph.graph.nodes if n.meta.get("input") == tokens.name)
         self.placeholder = placeholder
         batch, length = (expression(size) for size in placeholder.meta["val"].shape[:2])

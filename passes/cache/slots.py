@@ -20,6 +20,7 @@ from graphopt.views import Views
 aten = torch.ops.aten
 CAPACITY = Dim("C", 1, 1 << 24, 29)
 _SHARED = "insert_cache"
+TEXT = ("tokens", "padding", "positions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,11 @@ class Stage:
         assert tokens is not None
         self.sequence = Sequence(program, tokens)
         batch, length = tokens.shape[:2]
-        given = {spec.role: spec for spec in program.entry.inputs}
+        given = {spec.role: spec for spec in program.entry.inputs if spec.shape[:2] == tokens.shape}
+        for spec in program.entry.inputs:
+            if spec.role in TEXT and spec.shape[:2] != tokens.shape:
+                # Another text does not grow: what is computed from it is computed once.
+                rewriter.set_role(spec.name, "values")
         if "positions" in given:
             self.positions = rewriter.node(rewriter.input_node(given["positions"].name))
         else:
@@ -242,6 +247,14 @@ class Stage:
 
 
 def tokens_of(program: Program) -> Input | None:
-    """The input that takes tokens `[B, S]`, when there is exactly one."""
+    """The input that takes the tokens `[B, S]` of the text that grows, when there is exactly one.
+
+    Of several texts (an encoder's and a decoder's) it is the one whose tokens the first result counts.
+    """
     found = [spec for spec in program.entry.inputs if spec.role == "tokens" and len(spec.shape) == 2]
+    if len(found) > 1:
+        shape = program.output_nodes[0].meta["val"].shape
+        counted = expression(shape[1]) if len(shape) == 3 else None
+        sizes = {n.meta["input"]: n.meta["val"].shape for n in program.graph.graph.nodes if "input" in n.meta}
+        found = [spec for spec in found if expression(sizes[spec.name][1]) == counted]
     return found[0] if len(found) == 1 and all(isinstance(size, str) for size in found[0].shape) else None

@@ -41,6 +41,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "some, heavy": {"sink": 1, "recent": 3, "heavy": 4, "protect": {"kind": "heads", "heads": {1: (0,)}}},
 }
+WINDOWS = ("mistral", "gemma2")
 PROMPTS = ((1, 1), (3, 8), (23, 5))
 VOCABULARY = 96
 
@@ -59,15 +60,22 @@ def bounded(name: str, **options: Any) -> tuple[Program, Program]:
     return mask, change(mask, InsertCache())[0]
 
 
+def pair(policy: str) -> tuple[Program, Program]:
+    """The mask and the ragged cache of a policy, or of the windows that a model has of its own."""
+    if policy in WINDOWS:
+        return program(policy), change(program(policy), InsertCache(windows="ring"))[0]
+    return bounded("llama", **POLICIES[policy])
+
+
 def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Equal up to float64's rounding of sums as long as the model is wide."""
     error = float((got - wanted).abs().max() / wanted.abs().max())
     assert error <= tolerance(torch.float64, 128 * 3), error
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *WINDOWS])
 def test_a_ragged_cache_equals_the_mask_at_every_step(policy: str) -> None:
-    mask, ragged = bounded("llama", **POLICIES[policy])
+    mask, ragged = pair(policy)
     whole, decoder = mask.module(torch.float64), Decoder(ragged, torch.float64)
     for lengths in PROMPTS:
         text = torch.randint(0, VOCABULARY, (2, max(lengths) + 14), generator=torch.Generator().manual_seed(1))
@@ -88,9 +96,9 @@ def test_a_ragged_cache_equals_the_mask_at_every_step(policy: str) -> None:
             cache.commit(kept)
 
 
-@pytest.mark.parametrize("policy", ["sink+recent", "renumbered", "compensated", "some heads"])
+@pytest.mark.parametrize("policy", ["sink+recent", "renumbered", "compensated", "some heads", *WINDOWS])
 def test_the_accepted_path_of_a_token_tree_is_taken_in(policy: str) -> None:
-    mask, ragged = bounded("llama", **POLICIES[policy])
+    mask, ragged = pair(policy)
     whole, decoder = mask.module(torch.float64), Decoder(ragged, torch.float64)
     text = torch.randint(0, VOCABULARY, (1, 11), generator=torch.Generator().manual_seed(2))
     nodes = torch.randint(0, VOCABULARY, (1, 5), generator=torch.Generator().manual_seed(3))
@@ -107,6 +115,17 @@ def test_the_accepted_path_of_a_token_tree_is_taken_in(policy: str) -> None:
     close(tree[0, path], wanted[11:14])
     cache.commit(torch.tensor([path]))
     close(decoder.step(cache, text[:, :1])[0][0], wanted[14:])
+
+
+def test_a_ring_has_the_bytes_of_the_windows_whatever_the_length() -> None:
+    # Three layers of two KV heads of 8; all of mistral's and the first and last of gemma2's have a window of 8.
+    for name, windows in (("mistral", 3), ("gemma2", 2)):
+        mask, ragged = pair(name)
+        for length in (16, 40):
+            formula = 4 * 3 * 2 * 2 * 8 * (windows * 8 + (3 - windows) * length)
+            assert Cache(ragged, 3, length, torch.float32).bytes() == formula
+            assert cost(ragged).at(B=3, S=1, C=length)["kv_bytes"] == formula
+        assert Cache(change(mask, InsertCache())[0], 3, 40, torch.float32).bytes() == 4 * 3 * 2 * 2 * 8 * 3 * 40
 
 
 def test_generation_with_unequal_prompts_equals_the_mask() -> None:

@@ -86,7 +86,8 @@ def closure(parents: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "gpt2"])
-def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: str) -> None:
+@pytest.mark.parametrize("lengths", [(6, 4), (6, 6)])
+def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: str, lengths: tuple[int, int]) -> None:
     decoder, run = pair(name)
     ids, generator = tiny.tokens(2, 6), torch.Generator().manual_seed(3)
     for size in (1, 4, 17):
@@ -95,11 +96,11 @@ def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: 
         nodes = tiny.tokens(2, size, seed=size)
         held = decoder.cache(2, 40)
         decoder.step(held, ids)
-        held.commit(torch.tensor([6, 4]))
+        held.commit(torch.tensor(lengths))
         logits = decoder.step(held, nodes, ancestors=seen[None])[0]
         paths = torch.full((2, size), -1)
         texts = []
-        for row, length in enumerate((6, 4)):
+        for row, length in enumerate(lengths):
             for node in range(size):
                 path = seen[node].nonzero()[:, 0]
                 text = torch.cat([ids[row, :length], nodes[row, path]])

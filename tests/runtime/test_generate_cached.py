@@ -16,6 +16,7 @@ import transformers
 from graphopt.artifact import load, save
 from graphopt.frontend import capture_model
 from graphopt.runtime import Decoder, generate, with_cache
+from graphopt.runtime.stages import Stage
 from tests import tiny
 
 FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "bloom", "gptj", "opt", "neox", "falcon", "qwen3", "olmo2")
@@ -46,6 +47,28 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     assert torch.equal(generate(decoder, ids[:1], max_new_tokens=NEW), alone)
     theirs = model.generate(ids, attention_mask=mask, **options)
     assert torch.equal(generate(decoder, ids, padding=mask, max_new_tokens=NEW), theirs)
+
+
+@pytest.mark.parametrize("name", tiny.TEXT_TO_TEXT)
+def test_an_encoder_runs_once_and_its_text_is_continued_as_by_transformers(name: str) -> None:
+    model = tiny.make_model(name)
+    decoder = decoder_of(model)
+    products = [n for n in decoder.lowered.order if n.target is torch.ops.aten.linear.default]
+    late = [n for n in products if decoder.lowered.stage[n] == Stage.STEP]
+    # A step multiplies by the logits' weight and, in two layers, by 4 for its own text, 2 for the other, 2 for neurons.
+    assert len(late) == 2 * 8 + 1
+    assert len(products) - len(late) == 2 * 6 + 2 * 2
+    ids, mask = tiny.tokens(3, 9, seed=4), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:], mask[2, 2:] = 0, 0
+    ids = ids.masked_fill(mask == 0, 0)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW}
+    found = []
+    for rows in (1, 3):
+        given = {"input_ids": ids[:rows], "attention_mask": mask[:rows]}
+        theirs = model.generate(**given, decoder_start_token_id=1, **options)
+        found.append(generate(decoder, torch.ones(rows, 1, dtype=torch.long), max_new_tokens=NEW, **given))
+        assert torch.equal(found[-1], theirs)
+    assert len({tuple(row) for row in found[-1].tolist()}) > 1
 
 
 @pytest.fixture(scope="module")

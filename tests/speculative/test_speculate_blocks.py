@@ -186,20 +186,54 @@ def test_figures_derive_from_events() -> None:
     assert log.tpot == pytest.approx(0.075)
 
 
-def test_goodput_falls_back_to_plain_decoding_and_takes_what_pays() -> None:
-    def settle(emitted: int, seconds: float) -> int:
-        control = Goodput((8,), period=16)
-        for _ in range(200):
-            rows = control.budget()
-            control.told(Event(rows, 1 if rows == 1 else emitted, 0, 1.0 if rows == 1 else seconds))
-        return control.best()
-
-    assert settle(3, 2.0) == 8
-    assert settle(1, 1.1) == 1
-    control = Goodput((8,), period=50)
+def steps(control: Goodput, count: int, emitted: dict[int, int], seconds: dict[int, float]) -> tuple[list[int], float]:
+    """Budgets of so many steps, of which a plain one takes a second, and the seconds lost to plain decoding."""
     used = []
-    for _ in range(500):
+    for _ in range(count):
         used.append(control.budget())
-        control.told(Event(used[-1], 1, 0, 1.0 if used[-1] == 1 else 2.0))
-    assert used.count(1) + used.count(8) == 500
-    assert 3 <= used.count(8) <= 6
+        control.told(Event(used[-1], emitted.get(used[-1], 1), 0, seconds.get(used[-1], 1.0)))
+    return used, sum(seconds.get(rows, 1.0) - emitted.get(rows, 1) for rows in used)
+
+
+def test_goodput_takes_what_pays() -> None:
+    for emitted, seconds, best in ((3, 2.0, 8), (1, 1.1, 1), (2, 1.9, 8), (2, 2.1, 1)):
+        control = Goodput((8,))
+        used, lost = steps(control, 400, {8: emitted}, {8: seconds})
+        assert control.best() == best
+        total = {8: used.count(8) * seconds, 1: used.count(1)}
+        if best == 8:
+            lost = total[1] - used.count(1) * seconds / emitted
+        # The first two steps are plain, whatever pays.
+        assert lost <= 4 + 0.01 * sum(total.values())
+
+
+@given(st.lists(st.integers(2, 64), min_size=1, max_size=4), st.floats(0.05, 1), st.integers(20, 800))
+def test_goodput_loses_no_more_than_its_share_where_speculation_does_not_pay(
+    budgets: list[int], row: float, count: int
+) -> None:
+    cost = {budget: 1 + row * (budget - 1) for budget in budgets}
+    used, lost = steps(Goodput(tuple(budgets)), count, {}, cost)
+    # Nothing is known before two steps of a budget.
+    first = next((rows for rows in used if rows > 1), 1)
+    assert lost <= max(2, 2 * row * (first - 1)) + 0.01 * sum(cost.get(rows, 1) for rows in used) + 1e-6
+
+
+def test_goodput_finds_out_when_speculation_begins_to_pay_and_stops_when_it_no_longer_does() -> None:
+    control = Goodput((4, 8))
+    cost = {4: 1.5, 8: 2.0}
+    _, lost = steps(control, 1000, {}, cost)
+    assert lost <= 2 + 0.01 * 1000
+    assert control.best() == 1
+    used, _ = steps(control, 1000, {4: 2, 8: 4}, cost)
+    assert used[500:].count(8) > 480
+    used, lost = steps(control, 200, {}, cost)
+    assert used[50:].count(1) > 140
+
+
+def test_goodput_takes_an_interruption_for_none_of_the_budget_s_doing() -> None:
+    control = Goodput((8,))
+    for step in range(200):
+        rows = control.budget()
+        seconds = 1.0 if rows == 1 else 2.0
+        control.told(Event(rows, 1 if rows == 1 else 3, 0, seconds * (30 if step in (1, 2, 50) else 1)))
+    assert control.best() == 8

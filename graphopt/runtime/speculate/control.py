@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,47 +49,88 @@ class Fixed:
 
 
 class Goodput:
-    """Takes the budget that emits most tokens a second (after SmartSpec, arXiv 2406.14066; the measured rates are ours).
+    """Takes the budget that emits most tokens a second (after SmartSpec, arXiv 2406.14066), and bounds what trials cost.
 
-    Seconds and tokens of each budget are moving averages over its own steps. The best budget runs; after `period` steps
-    each other budget gets one step again, so that the choice follows text and machine, and as long as the choice
-    stays the period doubles, up to 16 times. Budget 1 is always among them: plain decoding then costs what it costs
+    Seconds and tokens of each budget are means over its last `memory` steps. The best budget runs; another one gets a
+    step when what the step is expected to lose to the best is in the purse. The purse begins with `start` plain steps,
+    gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of the time
+    and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. The
+    first trial of a budget has two steps, because the first one may warm something up, and is expected to cost what its
+    rows do, as far as two other budgets tell. Budget 1 is always among them: plain decoding then costs what it costs
     without speculation. What is learnt stays for the next sequence.
     """
 
-    def __init__(self, budgets: tuple[int, ...], period: int = 64, memory: float = 0.9, trial: int = 2) -> None:
-        self.budgets = tuple(dict.fromkeys((1, *budgets)))
-        self.period, self.memory = period, memory
-        self._seconds = dict.fromkeys(self.budgets, 0.0)
-        self._tokens = dict.fromkeys(self.budgets, 0.0)
-        self._queue = [budget for budget in self.budgets for _ in range(trial)]
-        self._wait = self._left = period
-        self._chosen = self._now = 1
+    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.01, memory: int = 16) -> None:
+        self.budgets = tuple(sorted({1, *budgets}))
+        self.start, self.share = start, share
+        self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}
+        self._means: dict[int, tuple[float, float]] = {}
+        self._idle = dict.fromkeys(self.budgets, 0)
+        self._purse = 0.0
+        self._now = self._best = 1
 
     @property
     def most(self) -> int:
         """The largest of the budgets."""
-        return max(self.budgets)
+        return self.budgets[-1]
 
     def budget(self) -> int:
         """The budget under trial, or the best so far."""
-        if self._queue:
-            self._now = self._queue.pop(0)
-            return self._now
-        self._now = self.best()
-        if self._now != self._chosen:
-            self._chosen, self._wait = self._now, self.period
-        self._left -= 1
-        if self._left < 1:
-            self._queue = [budget for budget in self.budgets if budget != self._now]
-            self._wait = self._left = min(2 * self._wait, 16 * self.period)
+        self._now = self._best
+        others = [b for b in self.budgets if b != self._best]
+        if others and 1 in self._means:
+            trial = max(others, key=lambda b: (len(self._steps[b]) == 1, self._idle[b]))
+            if len(self._steps[trial]) == 1 or self._loss(trial) <= self._purse:
+                self._now = trial
         return self._now
 
     def best(self) -> int:
         """The budget of the largest rate so far."""
-        return max(self.budgets, key=lambda b: self._tokens[b] / self._seconds[b] if self._seconds[b] else 0.0)
+        return self._best
 
     def told(self, event: Event) -> None:
-        """Average the step into its budget's rate."""
-        for kept, value in ((self._seconds, event.seconds), (self._tokens, float(event.emitted))):
-            kept[self._now] = self.memory * kept[self._now] + (1 - self.memory) * value
+        """Count the step among its budget's, and pay for it when it was a trial."""
+        now, steps = self._now, self._steps[self._now]
+        seconds = max(event.seconds, 1e-9)
+        steps.append((seconds, event.emitted))
+        for budget in self.budgets:
+            self._idle[budget] += 1
+        self._idle[now] = 0
+        if now == self._best:
+            self._purse += self.share * seconds
+        elif len(steps) == 2:
+            self._pay(2 * min(steps)[0], steps[0][1] + event.emitted)
+        elif len(steps) > 2:
+            # Rows cost at most a plain step each; what is above that is an interruption.
+            self._pay(min(seconds, now * self._means[1][0]), event.emitted)
+        if len(steps) > 1:
+            if 1 not in self._means:
+                self._purse += self.start * min(each for each, _ in steps)
+            self._means[now] = _means(steps)
+            self._best = min(self._means, key=lambda b: self._means[b][0] / self._means[b][1])
+
+    def _pay(self, seconds: float, tokens: int) -> None:
+        best_seconds, best_tokens = self._means[self._best]
+        self._purse -= max(0.0, seconds - tokens * best_seconds / best_tokens)
+
+    def _loss(self, budget: int) -> float:
+        """Seconds that a trial of a budget is expected to lose to the best one: two steps at first, then one."""
+        count = 1
+        if budget in self._means:
+            seconds, tokens = self._means[budget]
+        else:
+            count = 2
+            known = sorted(self._means, key=lambda b: abs(b - budget))[:2]
+            seconds, tokens = self._means[known[0]]
+            if len(known) > 1:
+                slope = (seconds - self._means[known[1]][0]) / (known[0] - known[1])
+                seconds += max(0.0, slope) * (budget - known[0])
+        best_seconds, best_tokens = self._means[self._best]
+        return count * (seconds - tokens * best_seconds / best_tokens)
+
+
+def _means(steps: deque[tuple[float, int]]) -> tuple[float, float]:
+    """Mean seconds and tokens of steps; seconds far above the middle ones are an interruption, not the step's."""
+    middle = sorted(seconds for seconds, _ in steps)[(len(steps) - 1) // 2]
+    usual = [seconds for seconds, _ in steps if seconds <= 4 * middle]
+    return sum(usual) / len(usual), sum(tokens for _, tokens in steps) / len(steps)

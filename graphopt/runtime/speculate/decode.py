@@ -74,20 +74,32 @@ class Speculator:
         """Draft behind the root, verify, keep a path: the tokens that this emits, at least one and at most `most`."""
         started = self.clock()
         budget = self.controller.budget()
-        drafter = self.drafter if budget > 1 and most > 1 else None
-        tree = drafter.propose(root, budget) if drafter is not None else Tree.root(root)
+        if self.drafter is None or budget == 1:
+            return self._plain(cache, root, started, log)
+        tree = self.drafter.propose(root, budget)
         drafted = self.clock()
         rows = self._run(cache, tree)
         path, token = self.accept(tree, rows.logits)
         new = _until_stop([*(tree.token[node] for node in path[1:]), token][:most], stops)
         path = path[: len(new)]
         cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor([path]))
+        self.drafter.observe(rows, path)
+        self._told(log, Event(len(tree), len(new), len(path) - 1, self.clock() - started, drafted - started))
+        return new
+
+    def _plain(self, cache: Cache, root: int, started: float, log: Log) -> list[int]:
+        """One token without a draft: what plain decoding does, and no more."""
+        rows = self._run(cache, Tree.root(root))
+        token = self.accept.first(rows.logits[0])
+        cache.commit(1)
         if self.drafter is not None:
-            self.drafter.observe(rows, path)
-        event = Event(len(tree), len(new), len(path) - 1, self.clock() - started, drafted - started)
+            self.drafter.observe(rows, (0,))
+        self._told(log, Event(1, 1, 0, self.clock() - started))
+        return [token]
+
+    def _told(self, log: Log, event: Event) -> None:
         log.events.append(event)
         self.controller.told(event)
-        return new
 
     def _run(self, cache: Cache, tree: Tree) -> Rows:
         """Results of the program for the nodes of a tree behind what the cache holds."""
