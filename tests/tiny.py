@@ -22,6 +22,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GATED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 56}
+_ROUTED = {**_GATED, "num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 2}
 _GPT2 = {
     "vocab_size": 96,
     "n_embd": 32,
@@ -51,6 +52,30 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", _COMMON),
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _GATED),
+    "mixtral": ("MixtralConfig", {**_ROUTED, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_ROUTED, "head_dim": 8, "moe_intermediate_size": 12, "num_experts": 6}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_ROUTED, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 6},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_ROUTED,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 12,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "gpt_oss": ("GptOssConfig", {**_ROUTED, "head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
 }
 
 _PAIR = {"vocab_size": 96, "d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": None}

@@ -269,6 +269,7 @@ def _context(views: Views, step: StepSpec, resolved: Resolved) -> Context:
         if step.where.paths:
             known = [block.path for block in views.blocks]
             known += [a.path for a in views.attentions] + [f.path for f in views.feed_forwards]
+            known += [bank.path for bank in views.experts]
             try:
                 paths = select_paths(step.where.paths, known)
             except ScalarError as error:

@@ -183,6 +183,7 @@ _FREE = {
     aten.mean,
     aten.min,
     aten.native_layer_norm,
+    aten.new_empty,
     aten.nonzero,
     aten.norm,
     aten.one_hot,
@@ -198,6 +199,7 @@ _FREE = {
     aten.scatter,
     aten.scatter_add,
     aten.searchsorted,
+    aten.slice_scatter,
     aten.softmax,
     aten.sort,
     aten.split,
@@ -216,6 +218,7 @@ _FREE = {
     aten.where,
     aten.zeros_like,
     torch.ops.graphopt.attention_mask,
+    torch.ops.graphopt.dequantise,
     torch.ops.graphopt.rms_norm,
     torch.ops.graphopt.rotary,
 }

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.diagnostics import PlanError
-from graphopt.observe.taps import Cosine, Gram, Moments, Statistic, Tap, Taylor
+from graphopt.observe.taps import Cosine, Gram, Moments, Routing, RowsSeen, Statistic, Tap, Taylor
+
+# Tokens whose values a `rows` tap keeps: enough for an error, and 64 MiB in float32 at a width of 4096.
+MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,69 @@ class TaylorAccumulator(Accumulator):
         return Taylor(self.count, torch.cat(self.terms))
 
 
+class RoutingAccumulator(Accumulator):
+    """How often each expert is chosen and what it counts; `other` is the node of what the choices count."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.chosen = torch.zeros(0, dtype=torch.float64)
+        self.share = torch.zeros(0, dtype=torch.float64)
+
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Count and sums of one batch."""
+        if other is None or other.shape != value.shape:
+            raise PlanError.of("tap_shape", f"%{self.tap.node} and %{self.tap.other} have different shapes")
+        index = tokens.features(value, self.tap)[0]
+        share = tokens.features(other, self.tap)[0].to(torch.float64)
+        size = int(index.max()) + 1 if index.numel() else 0
+        chosen = torch.bincount(index.reshape(-1), minlength=size).to(torch.float64)
+        return index.shape[0], chosen, torch.bincount(index.reshape(-1), share.reshape(-1), minlength=size)
+
+    def merge(self, state: Any) -> None:
+        """Add up."""
+        count, chosen, share = state
+        self.count += count
+        self.chosen, self.share = _longer(self.chosen, chosen), _longer(self.share, share)
+
+    def result(self) -> Routing:
+        """The sums."""
+        return Routing(self.count, self.chosen, self.share)
+
+
+class RowsAccumulator(Accumulator):
+    """The values of the first tokens."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.held: list[torch.Tensor] = []
+        self.room = MOST_ROWS
+
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """The rows of one batch."""
+        rows = tokens.features(value, self.tap)[0]
+        return rows.shape[0], rows[:MOST_ROWS].clone()
+
+    def merge(self, state: Any) -> None:
+        """Keep what there is room for."""
+        self.count += state[0]
+        self.held.append(state[1][: self.room])
+        self.room -= len(self.held[-1])
+
+    def result(self) -> RowsSeen:
+        """The rows in the order they came."""
+        return RowsSeen(self.count, torch.cat(self.held))
+
+
+def _longer(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Sum of two vectors, the shorter of which ends in zeros."""
+    total = one.new_zeros(max(len(one), len(other)))
+    total[: len(one)] += one
+    total[: len(other)] += other
+    return total
+
+
 def _by_sample(rows: torch.Tensor, sample: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     sums = rows.new_zeros(samples, rows.shape[1]).index_add_(0, sample, rows)
     return sums, torch.bincount(sample, minlength=samples).to(rows.dtype)
@@ -227,4 +293,6 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     "gram": GramAccumulator,
     "cosine": CosineAccumulator,
     "taylor": TaylorAccumulator,
+    "routing": RoutingAccumulator,
+    "rows": RowsAccumulator,
 }

@@ -147,7 +147,7 @@ def _check_nodes(program: Program, taps: Sequence[Tap]) -> None:
         for name in (tap.node, tap.other):
             if name is not None and name not in nodes:
                 raise PlanError.of("unknown_node", f"the graph has no node %{name}", help=did_you_mean(name, nodes))
-        if (tap.kind == "cosine") != (tap.other is not None):
+        if (tap.kind in ("cosine", "routing")) != (tap.other is not None):
             raise PlanError.of("tap_other", f"a {tap.kind} tap on %{tap.node} with other={tap.other!r}")
 
 

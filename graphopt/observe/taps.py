@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["moments", "gram", "cosine", "taylor"]
+Kind = Literal["moments", "gram", "cosine", "taylor", "routing", "rows"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Tap:
     """A statistic of one node's value.
 
     `layout` says what a feature is: `last` takes the last axis and counts every other position as a token;
-    `heads` takes `[B, H, S, D]` as B x S tokens of H * D features. `cosine` compares with the node `other`.
+    `heads` takes `[B, H, S, D]` as B x S tokens of H * D features. `cosine` compares with the node `other`; `routing`
+    takes a router's choices `[..., k]`, and what each counts from `other`; `rows` keeps the values of the first tokens.
     """
 
     node: str
@@ -65,7 +66,26 @@ class Taylor:
     terms: torch.Tensor
 
 
-Statistic = Moments | Gram | Cosine | Taylor
+@dataclass(frozen=True)
+class Routing:
+    """For each expert `[E]`, up to the last that was chosen: `chosen` how many of `count` tokens chose it, `share` the sum
+    of what it counted for them.
+    """
+
+    count: int
+    chosen: torch.Tensor
+    share: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowsSeen:
+    """The first values themselves, one row `[n, ...]` a token, in the order that tokens came; of `count` tokens in all."""
+
+    count: int
+    rows: torch.Tensor
+
+
+Statistic = Moments | Gram | Cosine | Taylor | Routing | RowsSeen
 
 
 class Statistics:
@@ -96,6 +116,18 @@ class Statistics:
         """Cosine of two nodes."""
         found = self._found[Tap(node, "cosine", "last", other)]
         assert isinstance(found, Cosine)
+        return found
+
+    def routing(self, index: str, share: str) -> Routing:
+        """Routing by a node of choices and the node of what they count."""
+        found = self._found[Tap(index, "routing", "last", share)]
+        assert isinstance(found, Routing)
+        return found
+
+    def rows(self, node: str) -> RowsSeen:
+        """The first values of a node."""
+        found = self._found[Tap(node, "rows")]
+        assert isinstance(found, RowsSeen)
         return found
 
     def taylor(self, node: str) -> Taylor:

@@ -6,6 +6,7 @@ uncut graph (masked heads, averaged keys, a branch times zero).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,7 +82,8 @@ class Cut(Edit):
 
     `keep` lists what stays; when it is a table, row i belongs to index i of the leaf `by` (query heads of KV group i).
     `means` gives, per consuming product, the mean activation `[in features]` that compensates for what goes
-    (FLAP, arXiv 2312.11983); `at` says where the emulation masks: at `consumers` or, for the stream, at `producers`.
+    (FLAP, arXiv 2312.11983); `at` says where the emulation masks: at `consumers`, for the stream at `producers`, for experts
+    at the `choices` of their router.
     """
 
     view: str
@@ -164,6 +166,9 @@ class Cut(Edit):
         if self.at == "producers":
             self._mask_stream(rewriter, views, leaf, choice)
             return
+        if self.at == "choices":
+            self._mask_choices(rewriter, views, choice)
+            return
         for linear in views.consumers(leaf):
             axis = views.labels.weight_axes[linear.weight][linear.in_axis]
             mask = torch.zeros(size_of(axis), dtype=torch.float64)
@@ -194,6 +199,30 @@ class Cut(Edit):
                 masked = rewriter.call(aten.mul.Tensor, today, made, after=made)
                 rewriter.replace(today, masked, keep=partial(operator.is_, masked))
                 today = masked
+
+    def _mask_choices(self, rewriter: Rewriter, views: Views, choice: Mapping[Atom, Keep]) -> None:
+        """Give what is removed the score minus infinity, so that no share goes there and it is never chosen."""
+        ((leaf, keep),) = choice.items()
+        for number, node in enumerate(views.labels.choices):
+            axes = views.labels.of(node.args[0])  # type: ignore[arg-type]
+            held = [i for i, axis in enumerate(axes) if leaf in leaves(axis)]
+            if not held:
+                continue
+            rows = None if keep.by is None else [i for i, axis in enumerate(axes) if find(keep.by) in leaves(axis)]
+            if rows is None or rows == held:
+                gone = torch.ones(size_of(axes[held[0]]), dtype=torch.bool)
+                gone[torch.from_numpy(indices(axes[held[0]], choice))] = False
+            else:
+                gone = torch.ones(keep.table.shape[0], size_of(axes[held[0]]), dtype=torch.bool)
+                gone[torch.arange(len(gone))[:, None], torch.from_numpy(keep.table)] = False
+            shape = [1] * len(axes)
+            for i in {*held, *(rows or ())}:
+                shape[i] = size_of(axes[i])
+            today = rewriter.node(node)
+            name = f"gone.{self.unit}.{number}.{self.candidate}"
+            made = rewriter.add_weight(name, Const(gone.reshape(shape), torch.bool), "constant")
+            masked = rewriter.call(aten.masked_fill.Scalar, today.args[0], made, -math.inf, before=today)
+            today.args = (masked, *today.args[1:])
 
 
 @dataclass(frozen=True, eq=False)

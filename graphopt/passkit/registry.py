@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from graphopt.passkit.base import Pass
 
 BUILT_IN = {
+    "add_momentum": "graphopt.passes.experts.add_momentum:AddMomentum",
     "bound_cache": "graphopt.passes.cache.bound_cache:BoundCache",
     "cleanup": "graphopt.passes.simplify.cleanup:Cleanup",
     "insert_cache": "graphopt.passes.cache.insert_cache:InsertCache",
     "insert_exit": "graphopt.passes.speculative.insert_exit:InsertExit",
     "insert_heads": "graphopt.passes.speculative.insert_heads:InsertHeads",
     "learn_gates": "graphopt.passes.cache.learn_gates:LearnGates",
+    "merge_experts": "graphopt.passes.experts.merge_experts:MergeExperts",
+    "mix_heads": "graphopt.passes.attention.mix_heads:MixHeads",
+    "prune_experts": "graphopt.passes.width.prune_experts:PruneExperts",
     "prune_heads": "graphopt.passes.width.prune_heads:PruneHeads",
     "prune_hidden": "graphopt.passes.width.prune_hidden:PruneHidden",
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",
     "prune_units": "graphopt.passes.width.prune_units:PruneUnits",
+    "quantize": "graphopt.passes.weights.quantize:Quantize",
     "recover": "graphopt.passes.training.recover:Recover",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
+    "reroute": "graphopt.passes.experts.reroute:Reroute",
+    "self_contrast": "graphopt.passes.experts.self_contrast:SelfContrast",
     "skip_layers": "graphopt.passes.depth.skip_layers:SkipLayers",
     "speculate": "graphopt.passes.speculative.speculate:Speculate",
 }

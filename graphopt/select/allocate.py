@@ -21,7 +21,7 @@ from graphopt.diagnostics import BudgetError, PlanError
 class Candidate:
     """One view to allocate to: `scores` `[rows * per_row]`, the cost of one unit, and how many units are wanted.
 
-    `round_to` divides the number of units that may stay.
+    `round_to` divides the number of units that may stay, `least` is how many of each row must.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Candidate:
     cost: int
     target: Fraction
     round_to: int = 1
+    least: int = 1
 
     @property
     def units(self) -> int:
@@ -49,7 +50,7 @@ class Candidate:
         """
         found = [
             count
-            for count in range(1, self.per_row + 1)
+            for count in range(min(self.least, self.per_row), self.per_row + 1)
             if (self.rows * count) % self.round_to == 0 and self.rows * count >= min(minimum, self.units)
         ]
         if not found:
@@ -154,6 +155,47 @@ def _steps(
     return np.array(scores), np.array(costs, dtype=np.int64), np.array(owner, dtype=np.int64)
 
 
+def best_widths(
+    costs: npt.NDArray[np.float64], widths: Sequence[int], budget: int, required: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """For each row of `costs` `[units, widths]` the width that makes the sum least, with at most `budget` bits in all.
+
+    Each width in `required` is given to one unit at least (MC-MoE, arXiv 2410.06270). Exact: a dynamic programme over the
+    bits spent and the required widths met. Raises BudgetError when no choice fits.
+    """
+    units, needed = len(costs), {width: 1 << i for i, width in enumerate(dict.fromkeys(required))}
+    full = (1 << len(needed)) - 1
+    best = np.full((units + 1, budget + 1, full + 1), np.inf)
+    taken = np.full((units, budget + 1, full + 1), -1)
+    before = np.zeros((units, budget + 1, full + 1), dtype=np.int64)
+    best[0, 0, 0] = 0.0
+    for unit in range(units):
+        for column, width in enumerate(widths):
+            for met in range(full + 1):
+                now = met | needed.get(width, 0)
+                if width > budget:
+                    continue
+                reached = best[unit, : budget + 1 - width, met] + costs[unit, column]
+                better = reached < best[unit + 1, width:, now]
+                best[unit + 1, width:, now][better] = reached[better]
+                taken[unit, width:, now][better] = column
+                before[unit, width:, now][better] = met
+    spent = int(np.argmin(best[units, :, full]))
+    if not np.isfinite(best[units, spent, full]):
+        raise BudgetError.of(
+            "budget_missed",
+            f"{units} units of {sorted(widths)} bits, {sorted(needed)} among them, do not fit in {budget} bits",
+            help=("allow more bits on average, or require fewer widths",),
+        )
+    met, chosen = full, []
+    for unit in reversed(range(units)):
+        column = int(taken[unit, spent, met])
+        met = int(before[unit, spent, met])
+        spent -= widths[column]
+        chosen.append(widths[column])
+    return tuple(reversed(chosen))
+
+
 def check_units(view: Candidate, units: Sequence[int]) -> None:
     """Raise PlanError for a unit that the view does not have or that is listed twice."""
     wrong = sorted(i for i in set(units) if not 0 <= i < view.units)
@@ -176,10 +218,11 @@ def explicit(view: Candidate, keep: Sequence[int]) -> tuple[int, ...] | tuple[tu
     rows: list[list[int]] = [[] for _ in range(view.rows)]
     for i in sorted(keep):
         rows[i // view.per_row].append(i % view.per_row)
+    what, rest = ("units", "groups") if view.name.endswith(":expert") else ("query heads", "KV heads")
     if len({len(row) for row in rows}) > 1:
         raise PlanError.of(
             "unequal_rows",
-            f"{view.name} would keep {[len(row) for row in rows]} query heads of its {view.rows} KV heads",
+            f"{view.name} would keep {[len(row) for row in rows]} {what} of its {view.rows} {rest}",
             help=("keep the same number of each, or prune whole KV groups with unit: kv_group",),
         )
     table = tuple(tuple(row) for row in rows)

@@ -113,6 +113,14 @@ class TaylorScore(Choice):
     kind: Literal["taylor"] = "taylor"
 
 
+class RoutingScore(Choice):
+    """How much a router uses an expert on calibration text."""
+
+    kind: Literal["routing"] = "routing"
+    metric: Literal["frequency", "mass"] = "mass"
+    """the share of tokens that choose it, or the sum of what it counts for them"""
+
+
 class Order(Choice):
     """The first units stay: for planning without weights and for nested widths that were sorted before."""
 
@@ -122,6 +130,9 @@ class Order(Choice):
 Score = Annotated[
     Magnitude | Fluctuation | Activation | TaylorScore | Order, Field(discriminator="kind"), Shorthand("kind")
 ]
+
+
+ExpertScore = Annotated[Magnitude | RoutingScore | Order, Field(discriminator="kind"), Shorthand("kind")]
 
 
 class Uniform(Choice):

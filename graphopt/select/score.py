@@ -10,10 +10,10 @@ import torch
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.observe import Statistics, Tap
-from graphopt.select.options import Activation, Fluctuation, Magnitude, Order, TaylorScore
-from graphopt.views import UnitGroup, Views, coordinates
+from graphopt.select.options import Activation, Fluctuation, Magnitude, Order, RoutingScore, TaylorScore
+from graphopt.views import Experts, UnitGroup, Views, coordinates, find
 
-AnyScore = Magnitude | Fluctuation | Activation | TaylorScore | Order
+AnyScore = Magnitude | Fluctuation | Activation | TaylorScore | RoutingScore | Order
 Normalise = str
 # Bytes in float64 of the rows that are looked at together: few enough for a cache.
 _PIECE = 4 << 20
@@ -40,6 +40,8 @@ def taps(group: UnitGroup, views: Views, options: AnyScore) -> tuple[Tap, ...]:
         return tuple(Tap(node, "moments") for node, _ in _watched(group, views))
     if isinstance(options, TaylorScore):
         return tuple(Tap(node, "taylor") for node, _ in _watched(group, views))
+    if isinstance(options, RoutingScore):
+        return (routing_tap(_bank(group, views)),)
     return ()
 
 
@@ -64,6 +66,8 @@ def score(
         )
     elif isinstance(options, TaylorScore):
         found = _normalised(_taylor(group, views, statistics), normalise)
+    elif isinstance(options, RoutingScore):
+        found = _normalised(_routing(group, views, statistics, options.metric), normalise)
     elif isinstance(options, Activation):
         found = _units(group, _activation(group, views, statistics), options.reduce, normalise)
     else:
@@ -150,6 +154,28 @@ def _taylor(group: UnitGroup, views: Views, statistics: Statistics) -> torch.Ten
     if total is None:
         raise _unread(group)
     return total.abs().mean(0)
+
+
+def _bank(group: UnitGroup, views: Views) -> Experts:
+    return next(bank for bank in views.experts if find(bank.expert) is group.leaf)
+
+
+def routing_tap(bank: Experts) -> Tap:
+    """The statistic of a bank's router; raises PlanError when the graph does not show what it chooses."""
+    if bank.index is None or bank.share is None:
+        raise PlanError.of(
+            "no_routing",
+            f"the graph does not show which experts of {bank.path} a token goes to, and what each counts",
+            help=("use score: magnitude",),
+        )
+    return Tap(bank.index.name, "routing", "last", bank.share.name)
+
+
+def _routing(group: UnitGroup, views: Views, statistics: Statistics, metric: str) -> torch.Tensor:
+    tap = routing_tap(_bank(group, views))
+    found = statistics.routing(tap.node, str(tap.other))
+    values = (found.chosen if metric == "frequency" else found.share) / max(found.count, 1)
+    return torch.cat([values, values.new_zeros(group.units - len(values))])
 
 
 def _watched(group: UnitGroup, views: Views) -> Iterator[tuple[str, torch.Tensor]]:

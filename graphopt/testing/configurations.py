@@ -57,6 +57,8 @@ class Drawer:
             }
         for feed_forward in views.feed_forwards[:1]:
             self.sizes["neurons"] = feed_forward.neurons
+        for bank in views.experts[:1]:
+            self.sizes["experts"] = bank.experts
         if views.blocks:
             self.sizes["hidden"] = int(views.blocks[0].entry.meta["val"].shape[-1])
         self.dimensions: tuple[str, ...] = getattr(pass_class, "dimensions", ())

@@ -93,6 +93,7 @@ def plan_is_complete(case: Trial) -> None:
         "block": {block.path for block in views.blocks},
         "attention": {attention.path for attention in views.attentions},
         "feed-forward": {feed_forward.path for feed_forward in views.feed_forwards},
+        "experts": {bank.path for bank in views.experts},
     }
     for kind, paths in kinds.items():
         missing = sorted(paths - answered) if paths & answered else []

@@ -311,15 +311,15 @@ class Experts(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer adds to the stream."""
-        shares, places = self.router(x).softmax(-1).topk(self.shape.chosen, dim=-1)
-        share = torch.zeros_like(self.router(x)).scatter(-1, places, shares)
-        up = torch.einsum("bsh,ehn->besn", x, self.up)
+        rows = x.reshape(-1, self.shape.hidden)
+        shares, places = self.router(rows).softmax(-1).topk(self.shape.chosen, dim=-1)
+        chosen = places.reshape(-1)
+        many = rows.repeat_interleave(self.shape.chosen, 0).unsqueeze(1)
+        y = self.activation(torch.bmm(many, (self.gate if self.shape.gated else self.up)[chosen]))
         if self.shape.gated:
-            y = self.activation(torch.einsum("bsh,ehn->besn", x, self.gate)) * up
-        else:
-            y = self.activation(up)
-        each = torch.einsum("besn,enh->besh", y, self.down)
-        return torch.einsum("besh,bse->bsh", each, share)
+            y = y * torch.bmm(many, self.up[chosen])
+        each = torch.bmm(y, self.down[chosen]).squeeze(1) * shares.reshape(-1, 1)
+        return each.view(rows.shape[0], self.shape.chosen, self.shape.hidden).sum(1).view(x.shape)
 
 
 class RMSNorm(nn.Module):  # type: ignore[misc]

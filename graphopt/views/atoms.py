@@ -46,6 +46,12 @@ class Atom:
         return f"{root.size}" if root.parts is None else f"{root.size}={root.parts.kind}{root.parts.axes}"
 
 
+class Choice(str):
+    """A lock that tells a choice from mixing: nothing but a score at minus infinity says that an entry is not there."""
+
+    __slots__ = ()
+
+
 Axis = tuple[Atom | Dyn, ...]
 
 

@@ -10,8 +10,8 @@ from torch import fx
 from graphopt.views.atoms import Atom, flat, leaves, size_of
 from graphopt.views.kinds import Experts, FeedForward, Unseen
 from graphopt.views.labels import Labels
-from graphopt.views.routing import Linear
-from graphopt.views.trace import activation, common_path, elementwise_sources, gate_of, path, spelled
+from graphopt.views.routing import Linear, behind
+from graphopt.views.trace import activation, chosen, common_path, elementwise_sources, gate_of, path, share, spelled
 
 aten = torch.ops.aten
 
@@ -55,11 +55,15 @@ def find_experts(labels: Labels, dense: Collection[FeedForward]) -> tuple[list[E
         known |= {down.node, *(p.node for p in products)}
         axes = labels.weight_axes[down.weight]
         neurons, experts = ([f for f in flat(axes[i]) if isinstance(f, Atom)] for i in (down.in_axis, 0))
-        if len(neurons) != 1 or len(experts) != 1 or neurons[0].parts is not None or experts[0].parts is not None:
+        if not experts:
+            missed.append(Unseen(f"experts {place}", down.node.name, "it has a single expert"))
+            continue
+        if len(neurons) != 1 or len(experts) > 2 or any(f.parts is not None for f in (*neurons, *experts)):
             missed.append(Unseen(f"experts {place}", down.node.name, "its neurons or experts are no single axis"))
             continue
         up, gate = _up_and_gate(labels, products, activations[0], down)
-        router = _router(labels, experts[0], down)
+        router = _router(labels, experts[-1], down)
+        index = chosen(down)
         shared = tuple(f for f in dense if router is not None and _same_source(f.up, router))
         found.append(
             Experts(
@@ -69,12 +73,15 @@ def find_experts(labels: Labels, dense: Collection[FeedForward]) -> tuple[list[E
                 gate,
                 down,
                 _name(activations[0]),
-                experts[0].size,
-                experts[0],
+                size_of(axes[0]),
+                experts[-1],
                 _top_k(down.index),
                 neurons[0].size,
                 neurons[0],
                 shared,
+                experts[0] if len(experts) == 2 else None,
+                index,
+                *(share(down, index) if index is not None else (None, None)),
             )
         )
     for linear in labels.bank_linears.values():
@@ -93,7 +100,7 @@ def _joined(labels: Labels, down: Linear, among: dict[fx.Node, Linear]) -> tuple
     normed = any(node in labels.norms for node in between)
     if normed and _width(labels, down, down.out_axis) != _width(labels, products[0], products[0].in_axis):
         return None  # A head with a norm of its own returns to no stream.
-    sources = {_behind(p.x) for p in products}
+    sources = {behind(p.x) for p in products}
     return (products, activations) if len(sources) == 1 else None
 
 
@@ -101,16 +108,8 @@ def _width(labels: Labels, linear: Linear, axis: int) -> int:
     return size_of(labels.weight_axes[linear.weight][axis])
 
 
-def _behind(node: fx.Node) -> fx.Node:
-    """What a product reads, behind casts and reshapes that a model may repeat for each product."""
-    layout = (aten.view, aten.reshape, aten.to, aten.contiguous, aten.repeat_interleave, aten.expand, aten.unsqueeze)
-    while getattr(node.target, "overloadpacket", None) in layout:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def _same_source(one: Linear, other: Linear) -> bool:
-    return _behind(one.x) is _behind(other.x)
+    return behind(one.x) is behind(other.x)
 
 
 def _up_and_gate(labels: Labels, products: list[Linear], active: fx.Node, down: Linear) -> tuple[Linear, Linear | None]:

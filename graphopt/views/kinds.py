@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphopt.views.atoms import Atom, Axis
-from graphopt.views.routing import Linear
+from graphopt.views.routing import Linear, behind
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,10 @@ class FeedForward:
 class Experts:
     """One bank of experts: feed-forwards of one shape whose matrices are stacked, of which a router chooses for each token.
 
-    `expert` numbers the experts in the bank, in the router and in its biases; `neuron` the neurons that each of them has.
+    `expert` numbers the experts in the bank, in the router and in its biases, within each of the groups that `expert_group`
+    numbers where a router chooses groups first; `neuron` the neurons that each of them has. `index` and `share` `[..., k]`
+    are the experts chosen for each token and what each of them counts, `weighted` `[tokens * k, hidden]` what each choice
+    adds (None when the graph does not show them); `source` is what the bank reads.
     `gate` is `up` when one product makes both. `top_k` is None when every expert sees every token; `shared` are the
     feed-forwards of the same sub-layer that all tokens go through.
     """
@@ -71,6 +74,15 @@ class Experts:
     neurons: int
     neuron: Atom
     shared: tuple[FeedForward, ...] = ()
+    expert_group: Atom | None = None
+    index: fx.Node | None = None
+    share: fx.Node | None = None
+    weighted: fx.Node | None = None
+
+    @property
+    def source(self) -> fx.Node:
+        """The node that experts read, before its rows are repeated for each choice."""
+        return behind(self.up.x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.views.atoms import Atom, Axis, LockedLeaves, lock, size_of, split_sum, unify
+from graphopt.views.atoms import Atom, Axis, Choice, LockedLeaves, lock, size_of, split_sum, unify
 from graphopt.views.layouts import Axes
 from graphopt.views.routing import Linear, RoutingRules
 from graphopt.views.sizes import Rank, every, flatten, op_name
@@ -31,6 +31,7 @@ class Labels(RoutingRules):
         self.linears: dict[fx.Node, Linear] = {}
         self.bank_linears: dict[fx.Node, Linear] = {}
         self.numbers: dict[fx.Node, Axis] = {}
+        self.choices: dict[fx.Node, int] = {}
         self._gathered = {}
         self.norms: dict[fx.Node, Axis] = {}
         self.weight_axes: dict[str, Axes] = {}
@@ -41,6 +42,9 @@ class Labels(RoutingRules):
             for axis in every(axes):
                 locked.visit(axis)
         self.locks: dict[Atom, list[str]] = locked.reasons
+        # Experts may go although a router shares out and chooses among them: what is not there has no share.
+        for leaf in self.experts():
+            self.locks[leaf] = [reason for reason in self.locks.get(leaf, []) if not isinstance(reason, Choice)]
 
     def _visit(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -241,7 +245,9 @@ class Labels(RoutingRules):
 
     def _softmax(self, node: fx.Node) -> Axes:
         axes = self._same(node)
-        lock(axes[node.args[1]], f"softmax at %{node.name} runs over it")  # type: ignore[index]
+        dim = node.args[1] % len(axes)  # type: ignore[operator]
+        self.choices[node] = dim
+        lock(axes[dim], Choice(f"softmax at %{node.name} runs over it"))
         return axes
 
     def _factory(self, node: fx.Node) -> Axes:

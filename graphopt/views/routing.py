@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.views.atoms import Axis, lock, unify
+from graphopt.views.atoms import Atom, Axis, Choice, leaves, lock, unify
 from graphopt.views.layouts import Axes, LayoutRules
 from graphopt.views.sizes import Rank, op_name
 
@@ -42,6 +42,14 @@ class Linear:
         return (3 if self.bank else 1) - self.in_axis
 
 
+def behind(node: fx.Node) -> fx.Node:
+    """What a product reads, behind casts and reshapes that a model may repeat for each product."""
+    layout = (aten.view, aten.reshape, aten.to, aten.contiguous, aten.repeat_interleave, aten.expand, aten.unsqueeze)
+    while getattr(node.target, "overloadpacket", None) in layout:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 @dataclass(frozen=True)
 class _Gathered:
     """Matrices of a bank: all of them, or those that `index` chooses; `turned` when transposed since."""
@@ -56,7 +64,9 @@ class RoutingRules(LayoutRules):
 
     linears: dict[fx.Node, Linear]
     bank_linears: dict[fx.Node, Linear]
+    weight_axes: dict[str, Axes]
     numbers: dict[fx.Node, Axis]
+    choices: dict[fx.Node, int]
     _gathered: dict[fx.Node, _Gathered]
 
     def _follow(self, node: fx.Node) -> None:
@@ -89,18 +99,29 @@ class RoutingRules(LayoutRules):
         values, _ = node.meta["val"]
         given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
         dim = given % len(axes)  # type: ignore[operator]
-        self.numbers[node] = axes[dim]
-        lock(axes[dim], f"{op_name(node)} at %{node.name} chooses among it")
+        largest = len(node.args) < 4 or bool(node.args[3])
+        self._choose(node, axes[dim], dim, node.target is aten.topk.default and largest)
         chosen = self._fresh(values)[dim]
         return [[*axes[:dim], chosen, *axes[dim + 1 :]] for _ in range(2)]
+
+    def _choose(self, node: fx.Node, axis: Axis, dim: int, best: bool) -> None:
+        """Note that a node chooses among the entries of an axis of its input; `best` when it takes the highest."""
+        self.numbers[node] = axis
+        reason = f"{op_name(node)} at %{node.name} chooses among it"
+        if best:
+            self.choices[node] = dim
+        lock(axis, Choice(reason) if best else reason)
+
+    def experts(self) -> set[Atom]:
+        """Leaves that number the matrices of banks."""
+        return {leaf for linear in self.bank_linears.values() for leaf in leaves(self.weight_axes[linear.weight][0])}
 
     def _arg_top(self, node: fx.Node) -> Axes | None:
         axes = self._same(node)
         if len(node.args) < 2 or not isinstance(node.args[1], int):
             return None
         dim = node.args[1] % len(axes)
-        self.numbers[node] = axes[dim]
-        lock(axes[dim], f"{op_name(node)} at %{node.name} chooses among it")
+        self._choose(node, axes[dim], dim, node.target is aten.argmax.default)
         keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
         return [*axes[:dim], *([()] if keep else []), *axes[dim + 1 :]]
 

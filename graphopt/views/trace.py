@@ -227,6 +227,39 @@ def gate_of(products: list[Linear], activation: fx.Node) -> Linear:
     return next((p for p in products if p.node in behind), products[0])
 
 
+def chosen(down: Linear) -> fx.Node | None:
+    """The choices `[..., k]` of experts behind the index that a product with a bank reads, before they become a list."""
+    node = down.index
+    while node is not None and getattr(node.target, "overloadpacket", None) in (*LAYOUT, aten.expand):
+        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return node
+
+
+def share(down: Linear, index: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """What each chosen expert counts, of the shape of `index`: the factor of a bank's output; and that product."""
+    node = down.node
+    while len(users := [u for u in node.users if getattr(u.target, "overloadpacket", None) is not aten.sym_size]) == 1:
+        (user,) = users
+        packet = getattr(user.target, "overloadpacket", None)
+        if packet is aten.mul:
+            factors = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+            found = _unfolded(factors[0], index) if len(factors) == 1 else None
+            return found, user if found is not None else None
+        if packet not in LAYOUT and packet is not aten.add:
+            break
+        node = user
+    return None, None
+
+
+def _unfolded(node: fx.Node, like: fx.Node) -> fx.Node | None:
+    """The node of the shape of `like` behind casts and reshapes."""
+    while not same_shape(node, like):
+        if getattr(node.target, "overloadpacket", None) not in LAYOUT or not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    return node
+
+
 def positions(q: fx.Node) -> str:
     """How positions enter the queries: `rotary` or `none`."""
     stack, seen = [q], set()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import fx
 
 from graphopt.views.atoms import Atom, Axis, Indices, coordinates, find, leaves
 from graphopt.views.kinds import Block
@@ -41,7 +43,8 @@ class UnitGroup:
     """The units of one view along one dimension.
 
     `rows` x `per_row` units: query heads come in rows, one a KV group, of which equally many stay; everything else has
-    one row. `parameters` is what one unit costs; `kv_width` how many cached features (keys and values) it holds a token.
+    one row. `parameters` is what one unit costs; `kv_width` how many cached features (keys and values) it holds a token;
+    `least` how many of each row the choices among them need.
     """
 
     view: str
@@ -56,6 +59,7 @@ class UnitGroup:
     parameters: int
     kv_width: int
     locked: tuple[str, ...]
+    least: int = 1
 
     @property
     def units(self) -> int:
@@ -92,7 +96,7 @@ def unit_groups(views: Views, family: str) -> tuple[UnitGroup, ...]:
             for bank in block.experts:
                 add(bank.path, block, bank.neuron)
         for experts in block.experts if family == "expert" else ():
-            add(experts.path, block, experts.expert)
+            add(experts.path, block, experts.expert, experts.expert_group)
     if family == "hidden":
         stacks = {block.stack: block for block in reversed(views.blocks)}
         for stack, block in sorted(stacks.items()):
@@ -144,4 +148,26 @@ def _group(views: Views, path: str, family: str, block: Block | None, leaf: Atom
         parameters=parameters,
         kv_width=kv_width,
         locked=tuple(views.labels.locks.get(leaf, ())),
+        least=_least(views, leaf, by),
     )
+
+
+def _least(views: Views, leaf: Atom, by: Atom | None) -> int:
+    """How many units of each row a router must be left with: as many as it chooses, of the rows that it chooses first."""
+    inside: list[tuple[int, bool]] = []
+    rows = by.size if by is not None else 1
+    for node, dim in views.labels.choices.items():
+        number = _chosen(node)
+        found = set(leaves(views.labels.of(node.args[0])[dim])) if number is not None else set()  # type: ignore[arg-type]
+        if number is not None and leaf in found:
+            inside.append((number, by in found))
+        elif number is not None and by in found:
+            rows = min(rows, number)
+    return max((-(-number // rows) if among_rows else number for number, among_rows in inside), default=1)
+
+
+def _chosen(node: fx.Node) -> int | None:
+    """How many entries a node chooses; None when it shares out among all."""
+    if node.target is torch.ops.aten.topk.default:
+        return int(node.args[1])  # type: ignore[arg-type]
+    return 1 if node.target is torch.ops.aten.argmax.default else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from graphopt.passkit import Context, Pass
+from graphopt.passkit import Context, Fact, Pass
 from graphopt.select.options import (
     Account,
     Amount,
@@ -32,6 +32,7 @@ class WidthPass(Pass):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
+    forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.QUANTIZED})
     dimensions: ClassVar[tuple[str, ...]] = ()
     keep: Amount | None = None
     """what stays: a percentage, or a number for each view as an expression over its dimensions"""

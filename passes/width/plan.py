@@ -114,7 +114,10 @@ def _missing(views: Views, family: str, seen: set[str]) -> list[Decline]:
     """Declines for views that have no such unit."""
     if family == "hidden":
         return [] if seen else [Decline("residual:hidden", "no residual stream was found")]
-    if family == "neuron":
+    if family == "expert":
+        parts = [(bank.path, _outside(views, bank)) for bank in views.experts]
+        parts += [(one.what.partition(" ")[2], one.reason) for one in views.unseen if one.what.startswith("experts ")]
+    elif family == "neuron":
         parts = [(dense.path, _outside(views, dense)) for dense in views.feed_forwards]
         parts += [(bank.path, _outside(views, bank)) for bank in views.experts]
         missed = [one for one in views.unseen if one.what.startswith(("feed-forward ", "experts "))]
@@ -122,7 +125,7 @@ def _missing(views: Views, family: str, seen: set[str]) -> list[Decline]:
     else:
         parts = [(view.path, _no_heads(views, view, family)) for view in views.attentions]
     if not parts:
-        what = "feed-forward of more than one neuron" if family == "neuron" else "attention"
+        what = {"neuron": "feed-forward of more than one neuron", "expert": "bank of experts"}.get(family, "attention")
         return [Decline(f"model:{family}", f"no {what} was found")]
     return [Decline(f"{path}:{family}", reason) for path, reason in parts if path not in seen]
 
@@ -178,6 +181,7 @@ def _candidate(config: WidthPass, context: Context, group: UnitGroup, pool: bool
         cost(config.account, group, context.views),
         _target(config, context, group),
         config.round,
+        group.least,
     )
 
 
@@ -255,7 +259,14 @@ def _explicit(allocate: Explicit, context: Context, groups: list[UnitGroup]) -> 
         if allocate.remove is not None:
             check_units(view, units)
             units = tuple(i for i in range(group.units) if i not in units)
-        chosen.append(explicit(view, units))
+        kept_units = explicit(view, units)
+        if np.asarray(kept_units).shape[-1] < group.least:
+            raise PlanError.of(
+                "too_few",
+                f"{_name(group)} would keep {list(units)}, but {group.least} are chosen for each token",
+                help=("keep more",),
+            )
+        chosen.append(kept_units)
     kept = sum(g.units if keep is None else int(np.asarray(keep).size) for g, keep in zip(groups, chosen, strict=True))
     return chosen, Budget("units", Fraction(kept), kept, sum(group.units for group in groups))
 
@@ -276,7 +287,7 @@ def _cut(config: WidthPass, context: Context, group: UnitGroup, keep: Table) -> 
         keep=keep,
         size=group.per_row,
         by=Anchor.of(views, group.by) if group.by is not None else None,
-        at="producers" if group.family == "hidden" else "consumers",
+        at={"hidden": "producers", "expert": "choices"}.get(group.family, "consumers"),
         means=means,
         score=config.score.kind,
     )

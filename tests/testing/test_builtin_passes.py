@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -18,24 +18,34 @@ from graphopt.testing.trial import Refused, trial
 POOL = covering(8)
 EXAMPLES = 8
 PLAIN = {
+    "add_momentum": {},
     "bound_cache": {"sink": 1, "recent": 3},
     "cleanup": {},
     "insert_cache": {},
     "insert_exit": {"layers": 1},
     "insert_heads": {"heads": 2},
     "learn_gates": {"sink": 1, "recent": 3},
+    "merge_experts": {"keep": "experts / 2"},
+    "mix_heads": {"keep": "heads / 2"},
+    "prune_experts": {"keep": "experts - 1"},
     "prune_heads": {"keep": "50%", "unit": "kv_group"},
     "prune_hidden": {"keep": "50%"},
     "prune_neurons": {"keep": "40%"},
     "prune_units": {"units": ("query", "neuron"), "keep": "60%", "allocate": {"kind": "global", "tolerance": "50%"}},
+    "quantize": {},
     "recover": {},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},
+    "reroute": {"top_k": 1},
+    "self_contrast": {},
     "skip_layers": {"layers": 1},
     "speculate": {"drafter": {"kind": "recycle"}},
 }
 MODEL = Shape(
     layers=3, heads=8, kv_heads=4, head_dim=4, hidden=8, neurons=10, gated=True, positions="rotary", tied=True
 )
+ROUTED = replace(MODEL, experts=4, chosen=2)
+# Passes about experts are tried on a model that has some.
+NEEDS_EXPERTS = {"add_momentum", "merge_experts", "prune_experts", "reroute", "self_contrast"}
 _REGISTRY = PassRegistry()
 
 for _name in BUILT_IN:
@@ -45,7 +55,7 @@ for _name in BUILT_IN:
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PLAIN, PLAIN)))
 def test_every_ordered_pair_composes_or_is_refused_in_words(first: str, second: str) -> None:
-    program = build(MODEL)
+    program = build(ROUTED if {first, second} & NEEDS_EXPERTS else MODEL)
     one, two = (_REGISTRY.get(name).model_validate(dict(PLAIN[name])) for name in (first, second))
     assert trial(one, program).plan.edits or first == "cleanup"
     try:

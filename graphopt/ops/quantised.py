@@ -1,0 +1,84 @@
+"""Weights in few bits: how values become whole numbers by groups, how these are packed, and the op that undoes both.
+
+A group of consecutive values along the last axis shares a scale and a lowest value: w is about low + scale * code, codes
+from 0 to 2^bits - 1. Codes are packed into bytes without gaps, each row on its own, lowest bit first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.ops.library import _define
+
+
+def groups(size: int, group: int) -> int:
+    """How many groups a row of `size` values has; the last one may be shorter."""
+    return -(-size // group)
+
+
+def row_bytes(size: int, bits: int) -> int:
+    """Bytes that hold the codes of a row of `size` values."""
+    return -(-size * bits // 8)
+
+
+def grid(values: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and lowest value `[..., groups]` of rows `[..., size]`: from the least to the largest value of each group.
+
+    With one bit the two values are plus and minus the mean magnitude, the best two of opposite sign for weights around 0.
+    """
+    size = values.shape[-1]
+    count = groups(size, group)
+    missing = count * group - size
+    last = values[..., -1:].expand(*values.shape[:-1], missing)
+    rows = torch.cat([values, last], dim=-1).unflatten(-1, (count, group))
+    if bits == 1:
+        there = torch.ones(size, dtype=values.dtype, device=values.device)
+        held = torch.nn.functional.pad(there, (0, missing)).reshape(count, group)
+        mean = (rows.abs() * held).sum(-1) / held.sum(-1)
+        return 2 * mean, -mean
+    low, high = rows.amin(-1), rows.amax(-1)
+    return (high - low) / (2**bits - 1), low
+
+
+def encode(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Codes `[..., size]`, uint8: each value's nearest point on the grid of its group."""
+    size = values.shape[-1]
+    scale, low = (part.repeat_interleave(group, dim=-1)[..., :size] for part in (scale, low))
+    steps = torch.where(scale > 0, (values - low) / torch.where(scale > 0, scale, torch.ones_like(scale)), 0.0)
+    return steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `[..., size]` as bytes `[..., ceil(size * bits / 8)]`."""
+    if bits == 8:
+        return codes
+    places = torch.arange(bits, device=codes.device)
+    stream = ((codes[..., None] >> places) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Codes `[..., size]` of packed rows."""
+    if bits == 8:
+        return packed
+    stream = ((packed[..., None] >> torch.arange(8, device=packed.device)) & 1).flatten(-2)
+    each = stream[..., : size * bits].unflatten(-1, (size, bits))
+    return (each << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8)
+
+
+def _dequantise(
+    packed: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, bits: int, group: int, size: int
+) -> torch.Tensor:
+    """low + scale * code for rows packed in `[..., bytes]` with scale and low `[..., groups]`, to `[..., size]`."""
+    kind = torch.promote_types(scale.dtype, torch.float32)
+    codes = unpack(packed, bits, size).to(kind)
+    wide = [part.to(kind).repeat_interleave(group, dim=-1)[..., :size] for part in (scale, low)]
+    return (wide[1] + wide[0] * codes).to(scale.dtype)
+
+
+dequantise = _define(
+    "dequantise(Tensor packed, Tensor scale, Tensor low, int bits, int group, int size) -> Tensor",
+    _dequantise,
+    lambda packed, scale, low, bits, group, size: scale.new_empty((*packed.shape[:-1], size)),
+)

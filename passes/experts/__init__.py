@@ -1,0 +1,1 @@
+"""Experts: passes that make, merge and route mixtures of experts."""
