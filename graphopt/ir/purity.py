@@ -7,6 +7,7 @@ attention that a pass has skipped; and it deletes nothing that writes through `o
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -30,13 +31,16 @@ def is_pure(node: fx.Node) -> bool:
     return module.startswith(("math", "torch.sym", "torch")) or getattr(target, "__name__", "").startswith("sym_")
 
 
-def eliminate_dead_code(graph: fx.Graph) -> int:
-    """Remove unread pure nodes; returns how many went. Weight placeholders are removed too, inputs never."""
+def eliminate_dead_code(graph: fx.Graph, also: Callable[[fx.Node], bool] = lambda node: False) -> int:
+    """Remove unread pure nodes; returns how many went. Weight placeholders are removed too, inputs never.
+
+    `also` names further nodes that may go when nothing reads them.
+    """
     removed = 0
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
-        if is_pure(node) or (node.op == "placeholder" and "weight" in node.meta):
+        if is_pure(node) or (node.op == "placeholder" and "weight" in node.meta) or also(node):
             graph.erase_node(node)
             removed += 1
     return removed

@@ -14,7 +14,8 @@ from graphopt.runtime.held import held_of
 class Cache:
     """Buffers of one batch, in the order of the program's cache inputs, and the entries that each row holds.
 
-    `buffers[name]` is `[B, K, C, D]`; `lengths` `[B]` counts committed entries. A step of the program writes behind
+    `buffers[name]` is `[B, K, C, D]`; `lengths` `[B]` counts committed entries. Buffers that `shared`, the cache of
+    another program, has by the same names are those; `own` says whether there are others. A step of the program writes behind
     them; `commit` keeps what was written. Raises PlanError for a program without a cache.
     """
 
@@ -31,14 +32,14 @@ class Cache:
             raise ValueError(f"a cache needs rows and slots, not {batch} and {capacity}")
         self.batch, self.capacity = batch, capacity
         self.buffers: dict[str, torch.Tensor] = {}
+        given = {} if shared is None else shared.buffers
         for spec in program.entry.inputs:
-            if spec.role == "cache":
+            if spec.role == "cache" and spec.name in given:
+                self.buffers[spec.name] = given[spec.name]
+            elif spec.role == "cache":
                 kind = specialise(spec.dtype, model=program.dtype, target=dtype, device=device)
-                self.buffers[spec.name] = (
-                    torch.zeros(sizes_of(spec, batch, capacity), dtype=kind, device=device)
-                    if shared is None
-                    else shared.buffers[spec.name]
-                )
+                self.buffers[spec.name] = torch.zeros(sizes_of(spec, batch, capacity), dtype=kind, device=device)
+        self.own = any(name not in given for name in self.buffers)
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -82,15 +83,27 @@ class Cache:
             self._move(kept.to(self.lengths))
 
     def _move(self, path: torch.Tensor) -> None:
-        count = (path >= 0).sum(-1)
-        steps = torch.arange(path.shape[1], device=path.device)
-        if bool((path.diff(dim=-1) <= 0).logical_and(path[:, 1:] >= 0).any()) or bool(
-            (steps < count[:, None]).ne(path >= 0).any()
-        ):
+        rows: list[list[int]] = path.tolist()
+        kept = [[node for node in row if node >= 0] for row in rows]
+        if any(own != row[: len(own)] or own != sorted(set(own)) for own, row in zip(kept, rows, strict=True)):
             raise ValueError("a path names nodes in rising order, and -1 only behind the last")
-        if bool((torch.where(path >= 0, path, steps) == steps).all()):
+        count = self.lengths.new_tensor([len(own) for own in kept])
+        if all(own == list(range(len(own))) for own in kept):
             self._raise(count)
             return
+        if self.batch == 1:
+            start, source = int(self.lengths), path[0, : len(kept[0])] + self.lengths
+            if start + kept[0][-1] >= self.capacity:
+                raise ValueError(f"{start + kept[0][-1] + 1} entries do not fit a cache of {self.capacity}")
+            for name in self._growing:
+                buffer = self.buffers[name]
+                buffer.narrow(2, start, len(source)).copy_(buffer.index_select(2, source))
+        else:
+            self._move_rows(path)
+        self._raise(count, path)
+
+    def _move_rows(self, path: torch.Tensor) -> None:
+        steps = torch.arange(path.shape[1], device=path.device)
         source = (self.lengths[:, None] + torch.where(path >= 0, path, steps)).clamp(max=self.capacity - 1)
         target = (self.lengths[:, None] + steps).clamp(max=self.capacity - 1)
         for name in self._growing:
@@ -98,7 +111,6 @@ class Cache:
             shape = (-1, buffer.shape[1], -1, buffer.shape[3])
             moved = buffer.gather(2, source[:, None, :, None].expand(shape))
             buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
-        self._raise(count, path)
 
     def _raise(self, counts: torch.Tensor, path: torch.Tensor | None = None) -> None:
         longest = int((self.lengths + counts).max())

@@ -30,7 +30,7 @@ class Decoder:
         """An empty cache for `batch` rows of at most `capacity` entries; `context` are the program's other inputs.
 
         What depends on the context alone (an encoder, its keys and values) is computed here, once. With `shared` it
-        lies on the buffers of another program's cache, of which this program is a part.
+        lies on the buffers of another program's cache, as far as that program has them.
         """
         cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared)
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from graphopt.passkit import Context
 from graphopt.passkit.drafting import Drafting
 from graphopt.passkit.edits import apply_edits
 from graphopt.passkit.speculation import Speculation
-from graphopt.runtime.speculate import Fixed, Rows, Speculator, Tree
+from graphopt.runtime.speculate import Event, Fixed, Rows, Speculator, Tree
 from graphopt.runtime.speculate.accept import Exact, sampling_law
 from graphopt.runtime.speculate.copying import Copy
 from graphopt.runtime.speculate.drafter import Drafter
@@ -25,7 +25,7 @@ from graphopt.runtime.speculate.recycling import Recycle
 from graphopt.runtime.speculate.setup import drafting_of, speculator
 from graphopt.runtime.speculate.skipping import Skipping, without
 from graphopt.views import Views
-from tests.speculative.models import decoder
+from tests.speculative.models import decoder, insert_cache
 from tests.tiny import program, tokens
 
 PROMPT = tokens(1, 9, seed=3)[0]
@@ -256,6 +256,57 @@ def test_an_exit_leaves_the_program_as_it_was_and_drafts_from_its_first_blocks(n
     got, log = drafted.generate(PROMPT, 20)
     assert got.tolist() == wanted.tolist()
     assert {event.rows for event in log.steps[:3]} == {5}
+
+
+class Changing:
+    """Budgets that come and go, so that a draft follows steps without one."""
+
+    most = 5
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def budget(self) -> int:
+        self.turn += 1
+        return (1, 5, 1, 1, 5, 5, 1, 3)[self.turn % 8]
+
+    def told(self, event: Event) -> None:
+        """Nothing is learnt."""
+
+
+def test_an_exit_reads_what_it_missed_and_steps_without_a_draft_do_not_run_it() -> None:
+    before = program("llama")
+    views = Views(before)
+    plan = InsertExit(layers=1, recipe=None).plan(Context(views, tuple(range(len(views.blocks)))))
+    after = apply_edits(before, views, plan.edits, "insert_exit")
+    drafting = Drafting.model_validate({"drafter": {"kind": "exit", "stop": 0.0, "length": 4}, "rows": (5,)})
+    drafted = speculator(after, drafting, dtype=torch.float64)
+    assert drafted.decoder.program.entry.outputs == before.entry.outputs
+    plain = [spec.name for spec in insert_cache(before).entry.inputs if spec.role == "cache"]
+    assert len([s for s in drafted.decoder.program.entry.inputs if s.role == "cache"]) == len(plain)
+    drafter, drafts = drafted.drafter, list[Tree]()
+    assert isinstance(drafter, Chain)
+    # The exit's own attention and that of the one block before it.
+    assert len([s for s in drafter.decoder.program.entry.inputs if s.role == "cache"]) == 2 * 2
+    propose = drafter.propose
+
+    def checked(root: int, budget: int) -> Tree:
+        tree = propose(root, budget)
+        fresh = drafter.decoder.cache(1, 64)
+        text = [*drafter._text, *tree.token[:-1]]
+        drafter.decoder.step(fresh, torch.tensor([text]))
+        for key, buffer in fresh.buffers.items():
+            mine = drafter._cache.buffers[key]  # type: ignore[union-attr]
+            torch.testing.assert_close(mine[:, :, : len(text)], buffer[:, :, : len(text)], rtol=1e-9, atol=1e-9)
+        drafts.append(tree)
+        return tree
+
+    drafter.propose = checked  # type: ignore[method-assign]
+    drafted.controller = Changing()
+    wanted, _ = Speculator(decoder("llama")).generate(PROMPT, 40)
+    got, _ = drafted.generate(PROMPT, 40)
+    assert got.tolist() == wanted.tolist()
+    assert len(drafts) > 10
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,13 @@ class Goodput:
     without speculation. What is learnt stays for the next sequence.
     """
 
-    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.01, memory: int = 16) -> None:
+    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 16) -> None:
         self.budgets = tuple(sorted({1, *budgets}))
         self.start, self.share = start, share
         self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}
         self._means: dict[int, tuple[float, float]] = {}
-        self._idle = dict.fromkeys(self.budgets, 0)
+        self._last = dict.fromkeys(self.budgets, 0)
+        self._count = 0
         self._purse = 0.0
         self._now = self._best = 1
 
@@ -79,7 +80,7 @@ class Goodput:
         self._now = self._best
         others = [b for b in self.budgets if b != self._best]
         if others and 1 in self._means:
-            trial = max(others, key=lambda b: (len(self._steps[b]) == 1, self._idle[b]))
+            trial = max(others, key=lambda b: (len(self._steps[b]) == 1, -self._last[b]))
             if len(self._steps[trial]) == 1 or self._loss(trial) <= self._purse:
                 self._now = trial
         return self._now
@@ -93,9 +94,8 @@ class Goodput:
         now, steps = self._now, self._steps[self._now]
         seconds = max(event.seconds, 1e-9)
         steps.append((seconds, event.emitted))
-        for budget in self.budgets:
-            self._idle[budget] += 1
-        self._idle[now] = 0
+        self._count += 1
+        self._last[now] = self._count
         if now == self._best:
             self._purse += self.share * seconds
         elif len(steps) == 2:
@@ -103,7 +103,8 @@ class Goodput:
         elif len(steps) > 2:
             # Rows cost at most a plain step each; what is above that is an interruption.
             self._pay(min(seconds, now * self._means[1][0]), event.emitted)
-        if len(steps) > 1:
+        # Means of plain steps change little, and counting them costs as much as a trial should.
+        if len(steps) > 1 and (now > 1 or len(steps) < 8 or self._count % 8 == 0):
             if 1 not in self._means:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)

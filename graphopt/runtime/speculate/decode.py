@@ -49,14 +49,17 @@ class Speculator:
         sequence, log, tell = prompt.tolist(), Log(), stream or (lambda token: None)
         if max_new_tokens < 1:
             return prompt, log
-        cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
-        sequence.append(self._begin(cache, tuple(sequence), log))
-        tell(sequence[-1])
-        while log.emitted < max_new_tokens and sequence[-1] not in stops:
-            new = self._step(cache, sequence[-1], max_new_tokens - log.emitted, stops, log)
-            sequence += new
-            for token in new:
-                tell(token)
+        with torch.inference_mode():
+            cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
+            sequence.append(self._begin(cache, tuple(sequence), log))
+            tell(sequence[-1])
+            left = max_new_tokens - 1
+            while left and sequence[-1] not in stops:
+                new = self._step(cache, sequence[-1], left, stops, log)
+                sequence += new
+                left -= len(new)
+                for token in new:
+                    tell(token)
         return torch.tensor(sequence, dtype=torch.long), log
 
     def _begin(self, cache: Cache, prompt: tuple[int, ...], log: Log) -> int:
@@ -89,11 +92,11 @@ class Speculator:
 
     def _plain(self, cache: Cache, root: int, started: float, log: Log) -> list[int]:
         """One token without a draft: what plain decoding does, and no more."""
-        rows = self._run(cache, Tree.root(root))
-        token = self.accept.first(rows.logits[0])
+        values = self.decoder.step(cache, torch.tensor([[root]]))
+        token = self.accept.first(values[0][0, 0])
         cache.commit(1)
         if self.drafter is not None:
-            self.drafter.observe(rows, (0,))
+            self.drafter.observe(self._rows(Tree.root(root), values, cache), (0,))
         self._told(log, Event(1, 1, 0, self.clock() - started))
         return [token]
 
@@ -105,6 +108,9 @@ class Speculator:
         """Results of the program for the nodes of a tree behind what the cache holds."""
         ids = torch.tensor([tree.token])
         values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
+        return self._rows(tree, values, cache)
+
+    def _rows(self, tree: Tree, values: tuple[torch.Tensor, ...], cache: Cache) -> Rows:
         outputs = {name: value[0] for name, value in zip(self.decoder.program.entry.outputs, values, strict=True)}
         return Rows(tree.token, tree.parent, next(iter(outputs.values())), outputs, cache)
 

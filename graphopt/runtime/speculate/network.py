@@ -20,43 +20,53 @@ class Network:
 
     A part of the verifying program (`part`) reads and writes the verifying program's own cache: its committed entries
     are the best there are, and what drafting writes behind them is overwritten by the next step. A model of its own has
-    its own cache and reads every kept token once.
+    its own cache, and a part may have layers of its own: these read kept tokens when a draft is next asked for, so that
+    steps without a draft do not pay for them.
     """
 
     def __init__(self, decoder: Decoder, *, part: bool) -> None:
         self.decoder, self.part = decoder, part
         self._verified: Cache | None = None
         self._cache: Cache | None = None
-        self._pending: list[int] = []
+        self._text: list[int] = []
+        self._known = self._drafted = 0
+
+    @property
+    def _follows(self) -> bool:
+        """Whether there are entries that the verifying program does not write."""
+        return self._cache is not None and self._cache.own
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
-        """Take the verifying program's cache, or read the prompt."""
+        """Take the verifying program's cache, or remember the prompt."""
         self._verified = rows.cache
         self._cache = self.decoder.cache(1, rows.cache.capacity, shared=rows.cache if self.part else None)
-        self._pending = [] if self.part else list(prompt)
+        self._text, self._known, self._drafted = list(prompt), 0, 0
 
     def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
-        """Remember what was kept and not read yet."""
-        if not self.part:
-            self._pending += [rows.token[node] for node in path]
+        """Remember what was kept; what drafting read of it along the path need not be read again."""
+        if self._follows:
+            straight = [i for i, node in enumerate(path[: self._drafted]) if node == i]
+            self._known += len(straight)
+            self._text += [rows.token[node] for node in path]
+            self._drafted = 0
 
     def truncate(self, length: int) -> None:
         """Forget the entries behind the first `length`."""
-        if not self.part and self._cache is not None:
-            held = int(self._cache.lengths[0])
-            self._cache.truncate(min(length, held))
-            self._pending = self._pending[: max(0, length - held)]
+        del self._text[length:]
+        self._known = min(self._known, length)
 
     def catch_up(self) -> Cache:
         """The cache, which now holds the sequence without its root."""
         assert self._cache is not None, "begin comes first"
         assert self._verified is not None
-        if self.part:
+        if not self._follows:
             self._cache.lengths = self._verified.lengths
-        elif self._pending:
-            self.read(self._pending)
-            self._cache.commit(len(self._pending))
-            self._pending = []
+            return self._cache
+        self._cache.lengths = torch.full_like(self._cache.lengths, self._known)
+        if self._known < len(self._text):
+            self.read(self._text[self._known :])
+            self._cache.commit(len(self._text) - self._known)
+            self._known = len(self._text)
         return self._cache
 
     def read(self, tokens: Sequence[int], parent: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -96,6 +106,7 @@ class Chain(Network):
                 break
             cache.commit(1)
         cache.lengths = start
+        self._drafted = len(beside)
         parent = list(range(-1, len(token) - 1))
         for above, words in enumerate(beside if self.leaves else ()):
             for word in words[: budget - len(token)]:

@@ -63,6 +63,9 @@ def speculator(
         raise PlanError.of("no_cache", f"speculation needs a cache, and the program cannot have one: {reason}")
     generator = torch.Generator().manual_seed(seed)
     drafter = _drafter(cached, drafting, heads, dtype, temperature, top_k, top_p, generator)
+    if isinstance(drafting.drafter, ExitDrafter):
+        # Verifying needs no exit: drafting runs it, on tokens that it has not read yet.
+        cached = extract(cached, [name for name in cached.entry.outputs if name != "exit"])
     accept: Acceptance = Greedy()
     if temperature > 0:
         law = sampling_law(temperature, top_k, top_p)
