@@ -194,9 +194,9 @@ recipes are specs/methods/*.yaml: each inserts and trains what it needs and says
 - rows: tokens that a run verifies, the decided one included. `as the spec` chooses among the spec's numbers of rows and
   plain decoding by measured tokens a second, and bounds what its trials may cost.
 - speed to plain: processor seconds of plain cached decoding over those with the drafter, median over prompts that took
-  turns (as the spec: three each); in total, of all prompts together, the first trials of the drafter included. Repeated prompts hold 48 tokens
-  twice and the first 8 of them again. A small model that decodes greedily soon repeats itself, which helps drafters that
-  look for repetition on held-out prompts as well.
+  turns (as the spec: three each); in total, of all prompts together, the first trials of the drafter included.
+  Repeated prompts hold 48 tokens twice and the first 8 of them again. A small model that decodes greedily soon repeats
+  itself, which helps drafters that look for repetition on held-out prompts as well.
 
 The shipped model is the worst case for speculation in time: its weights stay in the processor's cache, so that rows cost
 what their arithmetic does, while on a model whose weights come from memory a few rows cost what one does. tau and
