@@ -49,8 +49,8 @@ class Speculator:
         sequence, log, tell = prompt.tolist(), Log(), stream or (lambda token: None)
         if max_new_tokens < 1:
             return prompt, log
+        cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
         with torch.inference_mode():
-            cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
             sequence.append(self._begin(cache, tuple(sequence), log))
             tell(sequence[-1])
             left = max_new_tokens - 1
