@@ -14,7 +14,7 @@ from graphopt.runtime.lower import Lowered
 class Decoder:
     """Runs the steps of a program with a cache; each text has a cache of its own.
 
-    Raises PlanError for a program without a cache.
+    Raises PlanError for a program without a cache, and for one whose draft heads read tokens to come.
     """
 
     def __init__(
@@ -23,6 +23,12 @@ class Decoder:
         self.program, self.dtype, self.device = program, dtype, device
         if not program.cached:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
+        if any(spec.role == "ahead" for spec in program.entry.inputs):
+            raise PlanError.of(
+                "reads_ahead",
+                "its draft heads read tokens that are not there yet, so that no step can give their results",
+                help=("decode with a `speculate` step, or extract the results without the heads",),
+            )
         with torch.inference_mode():
             self.lowered = Lowered(program, dtype, device)
 

@@ -250,6 +250,17 @@ class Labels(RoutingRules):
         lock(axes[dim], Choice(f"softmax at %{node.name} runs over it"))
         return axes
 
+    def _cumsum(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        lock(axes[node.args[1]], f"cumsum at %{node.name} runs over it")  # type: ignore[index]
+        return axes
+
+    def _triangle(self, node: fx.Node) -> Axes:
+        axes = self._same(node)
+        for axis in axes[-2:]:
+            lock(axis, f"{op_name(node)} at %{node.name} counts along it")
+        return axes
+
     def _factory(self, node: fx.Node) -> Axes:
         made = self._fresh(node.meta["val"])
         if op_name(node) in ("arange", "eye", "linspace"):
@@ -306,6 +317,8 @@ def _table() -> dict[Any, str]:
         "_attention_mask": [torch.ops.graphopt.attention_mask],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
+        "_cumsum": [aten.cumsum],
+        "_triangle": [aten.tril, aten.triu],
         "_factory": [
             aten.arange,
             aten.linspace,
@@ -325,9 +338,6 @@ def _table() -> dict[Any, str]:
             aten.zeros_like,
             aten.ones_like,
             aten.full_like,
-            aten.cumsum,
-            aten.tril,
-            aten.triu,
             aten.type_as,
         ],
         "_pointwise": [

@@ -205,6 +205,37 @@ def test_norms_that_average_over_the_units_decline_them() -> None:
     assert plan.edits == ()
 
 
+class Numbered(torch.nn.Module):
+    """A layer whose queries are in another order and values summed over the heads, so that no head stands alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 8)
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The stream `[B, S, 8]` after the layer."""
+        x = self.embed(ids)
+        q, k, v = (f(x).view(*ids.shape, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, v = torch.flip(q, [1]), torch.cumsum(v, 1)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+def _one(module: torch.nn.Module) -> Views:
+    from graphopt.frontend import capture_module
+    from graphopt.ir.program import Input
+
+    return Views(capture_module(module, (Input("ids", ("B", "S"), torch.int64, "tokens"),)))
+
+
+def test_the_first_of_several_reasons_is_given() -> None:
+    v = _one(Numbered())
+    (group,) = unit_groups(v, "query")
+    assert set(group.locked) == {"op flip at %flip is not understood", "cumsum at %cumsum runs over it"}
+    assert set(reasons(planned(PruneHeads, v, layers=(0,), **HALF)).values()) == {group.locked[0]}
+
+
 # --- the stream ----------------------------------------------------------------------------------------------------
 
 

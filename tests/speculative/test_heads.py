@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graphopt
+from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.passkit import Context, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
@@ -131,3 +132,10 @@ def test_a_spec_inserts_and_trains_and_what_is_saved_drafts_alike(tmp_path: Path
     assert torch.equal(made.module()(input_ids=ids)[0], graphopt.capture(checkpoint).module()(input_ids=ids)[0])
     again = PassRegistry().get("insert_heads")().plan(Context(Views(made), (0, 1)))
     assert "already" in again.declines[0].reason
+
+
+def test_decoding_with_heads_that_read_tokens_to_come_is_refused() -> None:
+    _, after = planned("llama", kind="hydra", heads=2)
+    cached = insert_cache(after)
+    with pytest.raises(PlanError, match="read tokens that are not there yet"):
+        Decoder(cached)

@@ -97,3 +97,9 @@ def test_a_model_without_neurons_to_cut_is_declined() -> None:
 def test_a_list_of_layers_reads_back() -> None:
     step = _REGISTRY.get("skip_layers").model_validate({"layers": [0, "1..-1"]})
     LAWS["yaml_round_trip"](step, build(POOL[0]))
+
+
+def test_heads_that_read_tokens_to_come_leave_generation_alone() -> None:
+    # Found by fuzzing: such heads cannot run in a step, so that decoding failed in the middle of the graph.
+    heads = _REGISTRY.get("insert_heads").model_validate({"kind": "hydra", "heads": 2})
+    LAWS["generation_is_kept"](heads, build(Shape()))
