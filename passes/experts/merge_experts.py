@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class MergeExperts(Pass):
     """Replace experts that are alike by their weighted mean; the router and what its choices count stay as they are.
 
-    Experts are joined two sets at a time, those first whose members are most alike on average (cosine of their weights,
-    or of what they make of the same rows of calibration text), until as many are left as `keep` says. The matrices and
+    Experts are joined two sets at a time, those first whose members are most alike on average (cosine of their weights, of
+    what they make of the same rows of calibration text, or correlation of the router's scores for them), until as many are
+    left as `keep` says. The matrices and
     biases of a set become their mean, weighted by how often the router uses each (M-SMoE, arXiv 2310.01334), and a table
     maps each of the router's choices to its set, so that merging experts that are equal changes nothing. The result
     equals the original with the mean in place of each member.
@@ -38,8 +39,8 @@ class MergeExperts(Pass):
 
     keep: Amount
     """sets that stay in each layer: a percentage, or an expression over `experts`"""
-    alike: Literal["weights", "outputs"] = "weights"
-    """what is compared: the matrices, or what experts make of the same calibration rows"""
+    alike: Literal["weights", "outputs", "routing"] = "weights"
+    """what is compared: the matrices, what experts make of the same calibration rows, or the router's scores for them"""
     weigh: Literal["equal", "frequency", "mass"] = "equal"
     """how members count in their mean: alike, by the share of tokens that choose them, or by what they count"""
 
@@ -51,7 +52,7 @@ class MergeExperts(Pass):
 
     def needs_calibration(self) -> bool:
         """Outputs and routing are seen on text."""
-        return self.alike == "outputs" or self.weigh != "equal"
+        return self.alike != "weights" or self.weigh != "equal"
 
     def observe(self, context: Context) -> tuple[Tap, ...]:
         """Rows of the banks and their routing, where they are asked for."""

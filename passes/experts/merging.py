@@ -102,6 +102,8 @@ def taps(config: MergeExperts, context: Context) -> tuple[Tap, ...]:
                 found[routing_tap(bank)] = None
             if config.alike == "outputs":
                 found.update(dict.fromkeys(row_taps(bank)))
+            elif config.alike == "routing":
+                found[Tap(_scores(bank), "gram")] = None
     return tuple(found)
 
 
@@ -139,6 +141,9 @@ def _reason(context: Context, bank: Experts) -> str | None:
         return "outside `where`"
     if bank.experts < 2:
         return "it has a single expert"
+    first = next(other for other in views.experts if other.down.weight == bank.down.weight)
+    if first is not bank:
+        return f"it shares its weights with {first.path}"
     if bank.down.index is None:
         return "every expert sees every token, so that there is no choice to send elsewhere"
     return None
@@ -163,11 +168,16 @@ def _read_by_choice(views: Views, bank: Experts) -> tuple[str, ...]:
 
 
 def _likeness(config: MergeExperts, context: Context, bank: Experts) -> torch.Tensor:
-    """Cosines `[experts, experts]` of weights or outputs, in float64."""
+    """Cosines `[experts, experts]` of weights or outputs, or correlations of scores, in float64."""
     program = context.program
-    if config.alike == "outputs":
-        if context.statistics is None:
-            raise PlanError.of("no_calibration", "what experts make is compared on calibration text")
+    if config.alike != "weights" and context.statistics is None:
+        raise PlanError.of("no_calibration", f"{config.alike} are compared on calibration text")
+    if config.alike == "routing":
+        assert context.statistics is not None
+        found = context.statistics.gram(_scores(bank), "last")
+        products = found.gram - found.count * torch.outer(found.mean, found.mean)
+    elif config.alike == "outputs":
+        assert context.statistics is not None
         made = ExpertRows(program, bank, context.statistics, _ROWS).outputs().to(torch.float64)
         products = made @ made.T
     else:
@@ -180,6 +190,17 @@ def _likeness(config: MergeExperts, context: Context, bank: Experts) -> torch.Te
             products += (flat @ flat.T).to(torch.float64)
     norms = products.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return products / norms[:, None] / norms[None, :]
+
+
+def _scores(bank: Experts) -> str:
+    """The node of the router's scores."""
+    if bank.router is None:
+        raise PlanError.of(
+            "no_router",
+            f"no product gives the scores of {bank.path}, so that experts cannot be compared by them",
+            help=("use alike: weights",),
+        )
+    return str(bank.router.node.name)
 
 
 def _sets(alike: torch.Tensor, count: int) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@ from graphopt.cost import cost
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
-from graphopt.ir.weights import Cat, Take
+from graphopt.ir.weights import Affine, Cat, Take
 from graphopt.passes.attention.mix_heads import MixHeads
 from graphopt.passes.experts.add_momentum import AddMomentum
 from graphopt.passes.experts.merge_experts import MergeExperts
@@ -82,6 +82,22 @@ def test_merged_experts_are_their_mean(name: str) -> None:
     assert float((run(case.after) - run(case.program)).abs().max()) > 1e-3
     for bank in case.views.experts:
         assert case.after.weights[bank.down.weight].expr.shape[0] == bank.experts // 2
+
+
+def test_experts_that_are_scored_alike_are_joined() -> None:
+    # Experts 0 and 2, and 1 and 3, have scores that differ by a factor alone.
+    one = build(SHAPE)
+    rewriter = Rewriter(one)
+
+    def halves(expr: Any) -> Any:
+        first = Take(expr, 0, (0, 1))
+        return Cat((first, Affine(first, 0.5)), 0)
+
+    for bank in Views(one).experts:
+        assert bank.router is not None
+        rewriter.set_weight(bank.router.weight, halves)
+    case = check(made(MergeExperts, keep="experts / 2", alike="routing"), rewriter.finish())
+    assert [edit.to_json()["sets"] for edit in case.plan.edits] == [[[0, 2], [1, 3]]] * 3
 
 
 def test_one_expert_may_be_left() -> None:
