@@ -22,12 +22,13 @@ class Choices:
     """Which of a router's choices count: the one of rank `rank` alone, the best `top_k`, or those of share `below` or more.
 
     `rank` counts from 1; its choice counts 1. The best `top_k` and what `below` (a share of the best one's share) leaves
-    share what all had.
+    share what all had. Tokens whose input's absolute values sum to `protected` or more keep all choices.
     """
 
     rank: int | None = None
     top_k: int | None = None
     below: float | None = None
+    protected: float | None = None
 
     @property
     def count(self) -> int | None:
@@ -48,9 +49,18 @@ class Choices:
         return None
 
     def insert(
-        self, rewriter: Rewriter, index: fx.Node, share: fx.Node, before: fx.Node, narrow: bool
+        self,
+        rewriter: Rewriter,
+        index: fx.Node,
+        share: fx.Node,
+        before: fx.Node,
+        narrow: bool,
+        source: fx.Node | None = None,
     ) -> tuple[fx.Node, fx.Node]:
-        """Nodes of the new choices and what they count; as wide as before, with zeros, unless `narrow`."""
+        """Nodes of the new choices and what they count; as wide as before, with zeros, unless `narrow`.
+
+        `source` is what the experts read, where tokens are protected by it.
+        """
 
         def call(target: object, *args: object) -> fx.Node:
             return rewriter.call(target, *args, before=before)
@@ -58,7 +68,13 @@ class Choices:
         if self.below is not None:
             best = call(aten.amax.default, share, [-1], True)
             least = call(aten.mul.Tensor, best, self.below)
-            left = call(aten.where.ScalarOther, call(aten.ge.Tensor, share, least), share, 0.0)
+            kept = call(aten.ge.Tensor, share, least)
+            if self.protected is not None and source is not None:
+                size = call(aten.sum.dim_IntList, call(aten.abs.default, source), [-1], True)
+                if size.args[0].args[0].meta["val"].dim() != share.meta["val"].dim():  # type: ignore[union-attr]
+                    size = call(aten.reshape.default, size, [-1, 1])
+                kept = call(aten.logical_or.default, kept, call(aten.ge.Scalar, size, self.protected))
+            left = call(aten.where.ScalarOther, kept, share, 0.0)
             return index, _as_before(call, share, left)
         best = call(aten.topk.default, share, self.rank or self.top_k)
         values, places = (call(operator.getitem, best, i) for i in (0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from graphopt.diagnostics import PlanError
@@ -33,16 +33,13 @@ class Route(Edit):
             return f"{self.bank}: choice {self.choices.rank} alone"
         if self.choices.top_k is not None:
             return f"{self.bank}: the best {self.choices.top_k} choices"
-        return f"{self.bank}: choices below {self.choices.below:.4g} of the best are dropped"
+        but = "" if self.choices.protected is None else f", but for tokens of size {self.choices.protected:.4g} or more"
+        return f"{self.bank}: choices below {self.choices.below:.4g} of the best are dropped{but}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the trail."""
-        held = {"rank": self.choices.rank, "top_k": self.choices.top_k, "below": self.choices.below}
-        return {
-            "edit": "route",
-            "bank": self.bank,
-            **{name: value for name, value in held.items() if value is not None},
-        }
+        held = {name: value for name, value in asdict(self.choices).items() if value is not None}
+        return {"edit": "route", "bank": self.bank, **held}
 
     def apply(self, rewriter: Rewriter, views: Views) -> None:
         """Compute the rows that are left, and no others."""
@@ -64,7 +61,7 @@ class Route(Edit):
         late = share if order[share] > order[index] else index
         if any(order[user] < order[late] for user in reading):
             raise PlanError.of("early_reader", f"the choices of {bank.path} are read before what they count is known")
-        made = self.choices.insert(rewriter, index, share, late.next, narrow)
+        made = self.choices.insert(rewriter, index, share, late.next, narrow, rewriter.node(bank.source))
         for user in reading:
             user.replace_input_with(index, made[0])
             user.replace_input_with(share, made[1])
@@ -102,30 +99,50 @@ def candidates(context: Context, choices: Choices) -> tuple[list[Experts], list[
 
 def taps(config: Reroute, context: Context) -> tuple[Tap, ...]:
     """What choices count, row by row, for banks whose median is asked for."""
-    if config.below != "median":
+    if not config.needs_calibration():
         return ()
-    banks, _ = candidates(context, Choices(below=1.0))
-    return tuple(Tap(bank.share.name, "rows") for bank in banks if bank.share is not None)
+    banks, _ = candidates(context, _asked(config))
+    shares = [Tap(bank.share.name, "rows") for bank in banks if bank.share is not None]
+    sizes = [Tap(bank.source.name, "rows") for bank in banks if config.protect is not None]
+    return (*shares, *sizes)
+
+
+def _asked(config: Reroute) -> Choices:
+    """The choices as the options say them, a median as if it were 1."""
+    below = 1.0 if config.below == "median" else config.below
+    return Choices(config.rank, config.top_k, below)
 
 
 def plan(config: Reroute, context: Context) -> Plan:
     """A route or a decline for every bank."""
-    if config.below != "median":
-        choices = Choices(config.rank, config.top_k, config.below)
-        banks, declines = candidates(context, choices)
+    choices = _asked(config)
+    banks, declines = candidates(context, choices)
+    if not config.needs_calibration():
         return Plan(tuple(Route(bank.path, choices) for bank in banks), tuple(declines))
-    banks, declines = candidates(context, Choices(below=1.0))
     if banks and context.statistics is None:
-        raise PlanError.of("no_calibration", "below: median needs calibration text")
+        raise PlanError.of("no_calibration", "a median or a share of protected tokens needs calibration text")
     edits: list[Edit] = []
     notes: dict[str, Any] = {}
     for bank in banks:
-        assert context.statistics is not None
-        assert bank.share is not None
-        share = context.statistics.rows(bank.share.name).rows.double().flatten(0, -2)
-        ratio = share.sort(dim=-1, descending=True).values
-        ratio = ratio[:, 1:] / ratio[:, :1]
-        below = float(ratio[:, 0].median())
-        edits.append(Route(bank.path, Choices(below=below)))
-        notes[bank.path] = {"below": below, "dropped": float((ratio < below).double().mean())}
+        made, dropped = _calibrated(config, context, bank)
+        edits.append(Route(bank.path, made))
+        notes[bank.path] = {"below": made.below, "protected": made.protected, "dropped": dropped}
     return Plan(tuple(edits), tuple(declines), {"dropped": notes} if notes else {})
+
+
+def _calibrated(config: Reroute, context: Context, bank: Experts) -> tuple[Choices, float]:
+    """Thresholds as calibration text shows them, and the share of all choices but the best ones that they drop there."""
+    assert context.statistics is not None
+    assert bank.share is not None
+    share = context.statistics.rows(bank.share.name).rows.double().flatten(0, -2)
+    ratio = share.sort(dim=-1, descending=True).values
+    ratio = ratio[:, 1:] / ratio[:, :1]
+    below = float(ratio[:, 0].median()) if config.below == "median" else config.below
+    assert isinstance(below, float)
+    gone = ratio < below
+    if config.protect is None:
+        return Choices(below=below), float(gone.double().mean())
+    size = context.statistics.rows(bank.source.name).rows.double().abs().sum(-1).flatten()
+    protected = float(size.quantile(1 - float(config.protect.fraction)))
+    gone &= (size < protected)[:, None]
+    return Choices(below=below, protected=protected), float(gone.double().mean())

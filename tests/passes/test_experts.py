@@ -19,6 +19,7 @@ from graphopt.passes.experts.merge_experts import MergeExperts
 from graphopt.passes.experts.reroute import Reroute
 from graphopt.passes.experts.self_contrast import SelfContrast
 from graphopt.passkit import Pass
+from graphopt.spec import Percent
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.testing.trial import Trial, given, trial
@@ -148,6 +149,18 @@ def test_the_best_choice_alone_is_what_dropping_all_others_leaves() -> None:
     torch.testing.assert_close(run(trial(made(Reroute, below=1.0), one).after), best, rtol=1e-12, atol=1e-12)
     # Mixtral's shares sum to 1.
     torch.testing.assert_close(run(trial(made(Reroute, rank=1), one).after), best, rtol=1e-12, atol=1e-12)
+
+
+def test_the_largest_tokens_keep_all_their_choices() -> None:
+    one = program("mixtral")
+    LAWS["yaml_round_trip"](made(Reroute, below=1.0, protect=Percent.parse("25%")), one)
+    for share, dropped in (("100%", 0.0), ("25%", 0.75), ("0%", 1.0)):
+        case = trial(made(Reroute, below=1.0, protect=Percent.parse(share)), one)
+        LAWS["surgery_equals_emulation"](case.config, one)
+        LAWS["generation_is_kept"](case.config, one)
+        found = [noted["dropped"] for noted in case.plan.notes["dropped"].values()]
+        # The largest token of all is protected even where none shall be.
+        assert found == pytest.approx([dropped] * 2, abs=0.06)
 
 
 def test_routes_that_change_nothing_are_declined() -> None:
