@@ -15,6 +15,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.run import bind_inputs, specialised
 from graphopt.observe.stream import Limits, Visit, cut, stream
+from graphopt.passkit.edits import Edit, emulate_edits
 from graphopt.views import Block, Views
 
 BLOCKS = 2
@@ -26,21 +27,21 @@ Compare = Callable[[int, str, torch.Tensor, torch.Tensor], float]
 def sampled(
     before: Program,
     after: Program,
-    reference: Program,
+    edits: tuple[Edit, ...],
     inputs: list[dict[str, torch.Tensor]],
     limits: Limits,
     compare: Compare,
 ) -> dict[str, Any]:
-    """Compare `after` with `reference` (the original or its emulation) on some blocks; what a certificate says of it.
+    """Compare `after` with the emulation of `edits` (the original, for none) on some blocks; what a certificate says.
 
     A removed block is among them when one was removed. Where the blocks of both cannot be told, all of them are run.
     """
+    views = Views(before)
     chosen = _choose(before, after)
-    total = len(Views(before).blocks)
+    passed = _others(views, chosen)
+    reference = emulate_edits(before, views, edits, passed) if edits or passed else before
     if chosen is not None:
-        keep = {block.exit.name for block in chosen}
-        reference = _without(reference, [b for b in Views(before).blocks if b.exit.name not in keep])
-        after = _without(after, [b for b in Views(after).blocks if b.exit.name not in keep])
+        after = _without(after, _others(Views(after), chosen))
     errors: list[float] = []
     expected: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
 
@@ -55,7 +56,7 @@ def sampled(
         _run(program, inputs, limits, act)
     return {
         "blocks": [block.path for block in chosen] if chosen is not None else "all",
-        "of_blocks": total,
+        "of_blocks": len(views.blocks),
         "streamed": True,
         "largest_relative_error": max(errors),
     }
@@ -67,8 +68,7 @@ def read_by(before: Program, after: Program, limits: Limits | None) -> tuple[set
     found = []
     for program in (before, after):
         if chosen is not None:
-            keep = {block.exit.name for block in chosen}
-            program = _without(program, [b for b in Views(program).blocks if b.exit.name not in keep])
+            program = _without(program, _others(Views(program), chosen))
         looked_up = {
             node.args[0].meta["weight"]  # type: ignore[union-attr]
             for node in program.graph.graph.nodes
@@ -89,6 +89,11 @@ def _choose(before: Program, after: Program) -> list[Block] | None:
     draw = random.Random(0)
     picked = draw.sample(stayed, min(BLOCKS, len(stayed))) + (draw.sample(gone, 1) if gone else [])
     return sorted(picked, key=lambda block: block.index)
+
+
+def _others(views: Views, chosen: list[Block] | None) -> list[Block]:
+    keep = {block.exit.name for block in chosen or views.blocks}
+    return [block for block in views.blocks if block.exit.name not in keep]
 
 
 def _without(program: Program, blocks: list[Block]) -> Program:

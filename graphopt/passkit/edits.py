@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Const, MatMul, Sum, Take
 from graphopt.passkit.training import Training
-from graphopt.views import Atom, Keep, Linear, Views, cut, find, indices, leaves, size_of
+from graphopt.views import Atom, Block, Keep, Linear, Views, cut, find, indices, leaves, size_of
 
 aten = torch.ops.aten
 
@@ -347,11 +347,17 @@ def apply_edits(program: Program, views: Views, edits: tuple[Edit, ...], by: str
     return rewriter.finish()
 
 
-def emulate_edits(program: Program, views: Views, edits: tuple[Edit, ...]) -> Program:
-    """The same change without surgery: what the applied program must equal."""
+def emulate_edits(
+    program: Program, views: Views, edits: tuple[Edit, ...], without: Iterable[Block] = ()
+) -> Program:
+    """The same change without surgery: what the applied program must equal, `without` some blocks that the stream
+    then passes by."""
     rewriter = Rewriter(program)
     for edit in edits:
         edit.emulate(rewriter, views)
+    # After the emulation, whose nodes stand between blocks.
+    for block in without:
+        rewriter.bypass(rewriter.node(block.exit), rewriter.node(block.entry))
     return rewriter.finish()
 
 

@@ -57,10 +57,9 @@ def test_a_broken_promise_is_not_silent() -> None:
     assert caught.value.code == "memory_exceeded"
 
 
-def skipped(program: Program) -> tuple[Program, Plan]:
+def skipped(program: Program, *layers: int) -> tuple[Program, Plan]:
     views = Views(program)
-    block = views.blocks[1]
-    plan = Plan((Skip(block.path, block.index),))
+    plan = Plan(tuple(Skip(views.blocks[i].path, i) for i in layers or (1,)))
     return apply_edits(program, views, plan.edits), plan
 
 
@@ -78,6 +77,14 @@ def test_a_sample_is_verified_and_named() -> None:
     assert len(certificate["blocks"]) == 3
     assert certificate["of_blocks"] == 5
     assert certificate["largest_relative_error"] <= certificate["tolerance"]
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1, 2, 4, 5), (3, 4, 5, 6), (5, 6, 7)])
+def test_layers_skipped_in_a_row_pass_by_those_that_are_not_sampled(layers: tuple[int, ...]) -> None:
+    program = tiny.capture_model(tiny.make_model("llama", num_hidden_layers=8))
+    after, plan = skipped(program, *layers)
+    certificate = verify(program, after, plan, Effect.APPROXIMATE, "full", None, "skip", Limits(split=True))
+    assert len(certificate["blocks"]) == 3
 
 
 def test_a_sample_catches_what_is_wrong_in_it() -> None:
