@@ -15,7 +15,7 @@ from torch import fx
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Dim, Input, Program
 from graphopt.ir.purity import eliminate_dead_code
-from graphopt.ir.shapes import propagate
+from graphopt.ir.shapes import propagate, repropagate
 from graphopt.ir.weights import Expr, Weight
 
 
@@ -157,7 +157,8 @@ class Rewriter:
             inputs = tuple(self._inputs[node.meta["input"]] for node in self.graph.nodes if "input" in node.meta)
         entry = replace(self.program.entry, inputs=inputs, outputs=tuple(self._outputs))
         dims = tuple(self._dims)
-        propagate(module, weights, dims, entry)
+        again = repropagate if dims == self.program.dims else propagate
+        again(module, weights, dims, entry)
         return replace(self.program, graph=module, weights=weights, entry=entry, dims=dims)
 
     def _erase_dropped_inputs(self) -> None:
