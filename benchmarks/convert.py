@@ -7,7 +7,7 @@ KV heads as heads; 1b-4-layers: its first four layers; small: seconds), runs eve
 and writes benchmarks/results/convert.json. The page cache forgets the checkpoint before each, and the time ends when
 all that was written is on the disk (`sync`), for the copy and for other tools alike. Peak memory is the kernel's
 `ru_maxrss` of the process, bytes are its `rchar` and `wchar` (what it asked the kernel to read and write, its own code
-included).
+included). `--page` writes the tables of docs/large_models.md from the file.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ CHAIN = {
     "regroup": "  - {use: regroup_kv, kv_heads: heads / 4, init: mean}\n",
 }
 JOBS = {"skip": ("skip",), "prune": ("prune",), "regroup": ("regroup",), "chain": ("skip", "prune", "regroup")}
+NAMES = {
+    "copy": "copy of the files",
+    "skip": "skip a quarter of the layers",
+    "prune": "prune 25% of heads and of neurons by magnitude",
+    "regroup": "MHA to GQA by mean, a quarter of the KV heads",
+    "chain": "all three in one spec",
+    "mergekit_skip": "mergekit passthrough, the same layers",
+}
+PAGE = Path(__file__).parent.parent / "docs" / "large_models.md"
+MARKS = "<!-- figures: make convert -->\n", "<!-- end of figures -->\n"
 COPY = """
 import os, shutil, sys
 os.makedirs(sys.argv[2])
@@ -68,7 +78,12 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert.json")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--page", action="store_true", help="only write the tables of the documentation")
     options = parser.parse_args()
+    if options.page:
+        before, _, rest = PAGE.read_text().partition(MARKS[0])
+        PAGE.write_text(before + MARKS[0] + figures(options.out) + MARKS[1] + rest.partition(MARKS[1])[2])
+        return
     if options.make:
         make_checkpoint(options.make, SHAPES[options.shape])
         return
@@ -99,6 +114,44 @@ def save(path: Path, shape: str, found: dict[str, Any]) -> None:
     before = every.get(shape, {})
     every[shape] = {**before, **found, "jobs": {**before.get("jobs", {}), **found["jobs"]}}
     path.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n")
+
+
+def figures(results: Path) -> str:
+    """The tables of all shapes in Markdown; the prediction stands in brackets behind what was measured."""
+    lines: list[str] = []
+    for shape, found in json.loads(results.read_text()).items():
+        if found.get("jobs"):
+            lines += ["", f"{shape}: {found['bytes'] / 1e9:.1f} GB, {found['machine']['cores']} cores.", ""]
+            lines += [
+                "| | seconds | times the copy | GB read | GB written | peak memory, MiB |",
+                "|---|---|---|---|---|---|",
+            ]
+            jobs = found["jobs"]
+            lines += [_row(NAMES[name], jobs[name]) for name in NAMES if name in jobs]
+        if "flap" in found:
+            flap = found["flap"]
+            within = ", ".join(
+                f"{flap[name]['peak_memory'] >> 20} MiB and {flap[name]['seconds']:.0f} s {text}"
+                for name, text in (("limited", f"with `--memory {flap['memory']}`"), ("unlimited", "without"))
+            )
+            bits = "the same bits" if flap["same_bits"] else "OTHER BITS"
+            lines += ["", f"FLAP at 25%, {flap['samples']} x {flap['seq']} tokens, {shape}: {within}; {bits}."]
+        if "kills" in found:
+            runs = found["kills"]["runs"]
+            killed, same = sum(run["killed"] for run in runs), sum(run["same"] for run in runs)
+            lines += [
+                "",
+                f"{shape}, {len(runs)} runs of which {killed} were killed and resumed: {same} equal artifacts.",
+            ]
+    return "\n".join(lines) + "\n\n"
+
+
+def _row(name: str, job: dict[str, Any]) -> str:
+    told = job.get("predicted", {})
+    cells = [name, f"{job['seconds']:.0f}", f"{job.get('times_the_copy', 1):.2f}"]
+    for key, unit, places in (("bytes_read", 1e9, 2), ("bytes_written", 1e9, 2), ("peak_memory", 1 << 20, 0)):
+        cells.append(f"{job[key] / unit:.{places}f}" + (f" ({told[key] / unit:.{places}f})" if told else ""))
+    return f"| {' | '.join(cells)} |"
 
 
 def machine() -> dict[str, Any]:
@@ -224,9 +277,10 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         rows = json.loads((work / f"{name}.log").read_text())["rows"]
         certificates = [row["certificate"] for row in rows if "certificate" in row]
         found[name]["verified"] = [c.get("blocks", c.get("level")) for c in certificates]
-        found[name]["times_the_copy"] = round(found[name]["seconds"] / found["copy"]["seconds"], 2)
+        compared(found, name)
         if options.estimate:
             found[name]["predicted"] = json.loads(text)["estimate"]
+        save(options.out, options.shape, {"jobs": found})
     if options.mergekit:
         first, count = layers - 3 - layers // 4, layers // 4
         config = work / "mergekit.yaml"
@@ -236,10 +290,14 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         out = work / "out-mergekit"
         command = [str(options.mergekit), str(config), str(out), "--no-copy-tokenizer"]
         job("mergekit_skip", [*command, "--lazy-unpickle"], out)
-        found["mergekit_skip"]["times_the_copy"] = round(
-            found["mergekit_skip"]["seconds"] / found["copy"]["seconds"], 2
-        )
+        compared(found, "mergekit_skip")
     return found
+
+
+def compared(found: dict[str, Any], name: str) -> None:
+    """Put a job's time beside that of the copy in the same run."""
+    copy = found["copy"]["seconds"]
+    found[name] |= {"copy_seconds": copy, "times_the_copy": round(found[name]["seconds"] / copy, 2)}
 
 
 def flap(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
@@ -263,7 +321,8 @@ def flap(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "graphopt", "run", str(spec), "-m", str(checkpoint), "-o", str(out)]
         found[name] = timed([*command, "--json", *extra], checkpoint, work / f"flap-{name}.log")
-        digests[name] = digest_of(out)
+        # Certificates differ: the run within limits also verifies.
+        digests[name] = {file: made for file, made in digest_of(out).items() if file.endswith(".safetensors")}
         shutil.rmtree(out)
         print(f"flap {name}", found[name], flush=True)
     found["memory"] = options.memory
@@ -272,11 +331,15 @@ def flap(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
 
 
 def digest_of(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights."""
+    """SHA-256 of every file of an artifact; of the trail without the seconds that steps took."""
     made = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
             made[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    trail = json.loads((directory / "trail.json").read_text())
+    for step in trail["steps"]:
+        del step["seconds"]
+    made["trail.json"] = hashlib.sha256(json.dumps(trail).encode()).hexdigest()
     return made
 
 
@@ -329,7 +392,11 @@ def kills(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         shutil.rmtree(out)
         found.append({"after": round(moment, 3), "killed": killed, "shards_begun": begun, "same": same})
         print(number, found[-1], flush=True)
-    return {"seconds": round(ended - started, 2), "shards": len(expected), "runs": found}
+    return {
+        "seconds": round(ended - started, 2),
+        "shards": sum("safetensors" in name for name in expected),
+        "runs": found,
+    }
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphopt.compiler.memory import SLACK, Budget, Workload, budget, peak_memory, resident
+from graphopt.compiler.memory import MAPPING, SLACK, WRITING, Budget, Workload, budget, peak_memory, resident
 from graphopt.compiler.resolve import Resolved
 from graphopt.compiler.verify_sampled import read_by
 from graphopt.cost import cost
@@ -25,10 +25,6 @@ from graphopt.views import Views
 
 _PROBE = 64 << 20
 _EVALUATION_BATCH = 8
-# Bytes in work while a tensor is written by rows: queued, being hashed, read and computed.
-_WRITING = 160 << 20
-# Copies of a weight in float32 while a map of all of it is computed, in bytes an element.
-_MAPPING = 14
 
 
 @dataclass(frozen=True)
@@ -114,9 +110,12 @@ def estimate_run(
     names = {name for weight in result.weights.weights.values() for name in sources(weight.expr)}
     saving = sum(_stored(original, name) for name in names)
     written = result.weights.bytes
-    mapped = [w for w in result.weights.weights.values() if w.expr.shape and w.expr.rows(0, 1) is None]
-    copies = max((_MAPPING * max(_elements(original, n) for n in sources(w.expr)) for w in mapped), default=0)
+    mapped = [w.expr for w in result.weights.weights.values() if w.expr.shape and w.expr.rows(0, 1) is None]
+    largest = max((_elements(original, name) for expr in mapped for name in sources(expr)), default=0)
+    copies = MAPPING[torch.float32] * largest
     verify = next((need.bytes for need in limits.needs if need.stage == "verify"), 0)
+    if verify and limits.verify is not None:
+        verify = max(verify, MAPPING[torch.float64] * largest)
     base = resident()
     rates = _rates(original)
     flops = sum(_flops(before, after, level, limits) for before, after in steps)
@@ -133,7 +132,7 @@ def estimate_run(
         "save": max(saving / rates["read"], written / rates["write"]) + copies / rates["widen"],
     }
     return Estimate(
-        max(peak_memory(), base + verify + SLACK, base + _WRITING + copies),
+        max(peak_memory(), base + verify + SLACK, base + WRITING + copies),
         planning + checking + measuring + saving,
         written,
         round(sum(stages.values()), 1),

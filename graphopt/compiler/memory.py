@@ -32,6 +32,10 @@ from graphopt.views import Views
 aten = torch.ops.aten
 # What threads, allocators and kernels loaded late take beyond the tensors that are counted.
 SLACK = 96 << 20
+# Bytes in work while a tensor is written by rows: queued, being hashed, read and computed.
+WRITING = 160 << 20
+# Bytes an element while a map of a whole weight is computed: stored, widened, gathered and laid out for the product.
+MAPPING = {torch.float32: 14, torch.float64: 26}
 _ALIASES = {aten.to, aten.reshape, aten._unsafe_view, aten.contiguous, aten.alias}
 _OBSERVED = torch.float32
 
@@ -132,6 +136,10 @@ def budget(
     needs += [_planning(program, kind) for kind in dict.fromkeys(reads)]
     verify, checking = _verifying(program, level, room)
     needs += [*([verify] if verify is not None else []), _saving(program, reads)]
+    if verify is not None and checking is not None and "whole" in reads:
+        # Which weights a step will map is not known yet: at worst the largest.
+        mapping = verify.bytes + MAPPING[torch.float64] * _largest(program)
+        needs.append(Need("verify mapped weights", mapping, mapping))
     made = Budget(base, tuple(needs), promised, limits.get("observe"), limits.get("evaluate"), checking)
     least = base + max(need.least for need in needs) + SLACK
     if promised is not None and least > promised:
@@ -264,14 +272,16 @@ def _held(program: Program, name: str, dtype: torch.dtype = _OBSERVED) -> int:
 
 
 def _weights(program: Program, segment: Segment, dtype: torch.dtype = _OBSERVED) -> int:
-    """Bytes of a segment's weights and of the largest one as it is stored, which is read before it widens."""
+    """Bytes of a segment's weights and of the largest one as it is stored, which is read before it widens.
+
+    Of a weight that is read by rows, two pieces (one is computed while the last is still held) and the stored rows.
+    """
     names = [node.meta["weight"] for node in segment.weights]
-    stored = [_held(program, name, program.weights[name].expr.dtype) for name in names]
-    return (
-        sum(_held(program, name, dtype) for name in names)
-        + max(stored, default=0)
-        + (2 * PIECE if segment.rows or segment.lookups else 0)
-    )
+    if segment.rows:
+        stored = max(program.weights[name].expr.dtype.itemsize for name in names)
+        return 2 * PIECE + PIECE * stored // int(dtype.itemsize)
+    narrow = [_held(program, name, program.weights[name].expr.dtype) for name in names]
+    return sum(_held(program, name, dtype) for name in names) + max(narrow, default=0)
 
 
 def _kept(program: Program, tap: Tap, number: _Sizer) -> int:
@@ -327,7 +337,7 @@ def _verifying(program: Program, level: str, room: int | None) -> tuple[Need | N
     visit = Visit(tuple(node.name for node in program.output_nodes), lambda *_: None)
     limits = Limits(PIECE, None, None, split=True)
     segments = cut(program, graph, [visit], dtype=torch.float64, limits=limits)
-    need = max(_weights(program, segment, torch.float64) for segment in segments) + 2 * PIECE
+    need = max(_weights(program, segment, torch.float64) for segment in segments)
     return Need("verify", need, need), limits
 
 
@@ -335,5 +345,5 @@ def _saving(program: Program, reads: Sequence[str]) -> Need:
     """What is queued, pieces in work, and copies of whole weights: in float32 where a step maps them, and of the cut
     columns where a bias compensates for them."""
     copies = 16 if "whole" in reads else 6 if "rows" in reads else 0
-    need = (160 << 20) + copies * _largest(program)
+    need = WRITING + copies * _largest(program)
     return Need("save", need, need)

@@ -347,9 +347,7 @@ def apply_edits(program: Program, views: Views, edits: tuple[Edit, ...], by: str
     return rewriter.finish()
 
 
-def emulate_edits(
-    program: Program, views: Views, edits: tuple[Edit, ...], without: Iterable[Block] = ()
-) -> Program:
+def emulate_edits(program: Program, views: Views, edits: tuple[Edit, ...], without: Iterable[Block] = ()) -> Program:
     """The same change without surgery: what the applied program must equal, `without` some blocks that the stream
     then passes by."""
     rewriter = Rewriter(program)

@@ -19,7 +19,10 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Maps of every old head `[K, D, D]` in float64: `into` the shared head and `back` from it."""
+    """Maps of every old head `[K, D, D]` in float64: `into` the shared head and `back` from it.
+
+    Where all heads have one map it is held once (an expanded tensor), which matters with many layers of many heads.
+    """
 
     into: Tensor
     back: Tensor
@@ -27,16 +30,21 @@ class Fold:
 
 def mean_fold(heads: int, width: int, groups: Groups) -> Fold:
     """Average the members of each group (GQA, arXiv 2305.13245)."""
-    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width)
-    return Fold(eye / len(groups[0]), eye.clone())
+    eye = torch.eye(width, dtype=torch.float64)
+    return Fold((eye / len(groups[0])).expand(heads, width, width), eye.expand(heads, width, width))
 
 
 def first_fold(heads: int, width: int, groups: Groups) -> Fold:
     """Keep the first member of each group."""
-    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width).clone()
-    into = torch.zeros_like(eye)
-    into[[group[0] for group in groups]] = torch.eye(width, dtype=torch.float64)
-    return Fold(into, eye)
+    eye = torch.eye(width, dtype=torch.float64)
+    into = torch.zeros(heads, width, width, dtype=torch.float64)
+    into[[group[0] for group in groups]] = eye
+    return Fold(into, eye.expand(heads, width, width))
+
+
+def of_heads(maps: Tensor, heads: Tensor) -> Tensor:
+    """The maps of `heads` `[...]` as `[..., D, D]`; one map of all heads stays one."""
+    return maps[0].expand(*heads.shape, *maps.shape[1:]) if maps.stride(0) == 0 else maps[heads]
 
 
 def svd_fold(gram: Tensor, width: int, groups: Groups, pairs: Tensor, weight: Tensor | None = None) -> Fold:

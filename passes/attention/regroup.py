@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import BlockMap, Cat, Const, Expr, Take
-from graphopt.passes.attention.fold import Fold, Groups
+from graphopt.passes.attention.fold import Fold, Groups, of_heads
 from graphopt.passes.attention.projections import Heads, Side, Unfit, find_heads
 from graphopt.passkit import Edit
 from graphopt.views import Attention, Linear, Views, leaves
@@ -98,10 +98,10 @@ class Regroup(Edit):
         single = tuple((i,) for i in order)
         members = torch.tensor(self.groups)
         return {
-            "q": _Maps(single, self.keys.back.mT[old][:, None]),
-            "k": _Maps(self.groups, self.keys.into[members]),
-            "v": _Maps(self.groups, self.values.into[members]),
-            "o": _Maps(single, self.values.back.mT[old][:, None]),
+            "q": _Maps(single, of_heads(self.keys.back.mT, old[:, None])),
+            "k": _Maps(self.groups, of_heads(self.keys.into, members)),
+            "v": _Maps(self.groups, of_heads(self.values.into, members)),
+            "o": _Maps(single, of_heads(self.values.back.mT, old[:, None])),
         }
 
     def _layouts(self, heads: Heads) -> list[tuple[Linear, _Shared, _Moves | None]]:
@@ -185,27 +185,28 @@ class Regroup(Edit):
         rewriter.replace(core, result, keep=lambda user: user is result)
 
     def _mix(self, rewriter: Rewriter, core: fx.Node, x: fx.Node, into: Tensor, what: str) -> fx.Node:
-        """Replace each head of x `[B, K, S, D]` by its group's shared head."""
-        count, width = into.shape[:2]
-        whole = torch.zeros(count, width, count, width, dtype=torch.float64)
+        """Replace each head of x `[B, K, S, D]` by its group's shared head: map each, then add up those of a group."""
+        count = len(into)
+        together = torch.zeros(count, count, dtype=torch.float64)
         for group in self.groups:
-            for target in group:
-                for source in group:
-                    whole[source, :, target, :] = into[source].T
-        matrix = whole.reshape(count * width, count * width)
-        weight = rewriter.add_weight(f"regroup.{what}.{self.core}", Const(matrix, x.meta["val"].dtype), "constant")
-        apart = rewriter.call(aten.transpose.int, x, 1, 2, before=core)
-        flat = rewriter.call(aten.flatten.using_ints, apart, 2, 3, before=core)
-        mixed = rewriter.call(aten.matmul.default, flat, weight, before=core)
-        heads = rewriter.call(aten.unflatten.int, mixed, -1, [count, width], before=core)
-        return rewriter.call(aten.transpose.int, heads, 1, 2, before=core)
+            together[torch.tensor(group)[:, None], torch.tensor(group)] = 1
+        mapped = self._turn(rewriter, x, into.mT, what, before=core)
+        weight = rewriter.add_weight(f"regroup.groups.{what}.{self.core}", Const(together, _dtype(x)), "constant")
+        last = rewriter.call(aten.transpose.int, mapped, 1, 3, before=core)
+        mixed = rewriter.call(aten.matmul.default, last, weight, before=core)
+        return rewriter.call(aten.transpose.int, mixed, 1, 3, before=core)
 
     def _turn(self, rewriter: Rewriter, x: fx.Node, maps: Tensor, what: str, before: fx.Node) -> fx.Node:
-        """Multiply each query head's row vectors x `[B, H, S, D]` by its KV head's map."""
-        each = self.heads // len(maps)
-        value = Const(maps.repeat_interleave(each, dim=0), x.meta["val"].dtype)
+        """Multiply each head's row vectors x `[B, H, S, D]` by its KV head's map."""
+        heads = int(x.meta["val"].shape[1])
+        value = Const(of_heads(maps, torch.arange(heads) // (heads // len(maps))), _dtype(x))
         weight = rewriter.add_weight(f"regroup.{what}.{self.core}", value, "constant")
         return rewriter.call(aten.matmul.default, x, weight, before=before)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    found: torch.dtype = node.meta["val"].dtype
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from graphopt import compile
 from graphopt.compiler import memory
+from graphopt.compiler.compile import capture
+from graphopt.compiler.estimate import memory_budget
+from graphopt.compiler.resolve import resolve
 from graphopt.compiler.verify import verify
 from graphopt.diagnostics import PlanError, VerifyError
 from graphopt.ir.program import Program
 from graphopt.ir.weights import Affine
+from graphopt.observe.spill import Spill
 from graphopt.observe.stream import Limits
+from graphopt.passkit import PassRegistry
 from graphopt.passkit.edits import Plan, Skip, apply_edits
 from graphopt.passkit.facts import Effect
+from graphopt.spec import load_spec
 from graphopt.views import Views
 from tests import tiny
 
@@ -55,6 +62,48 @@ def test_a_broken_promise_is_not_silent() -> None:
     with pytest.raises(PlanError) as caught:
         memory.Budget(0, (), 1 << 20, None, None, None).check()
     assert caught.value.code == "memory_exceeded"
+
+
+def weights_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def needs_of(place: Path) -> dict[str, memory.Need]:
+    """What the stages of the run need, counted without a limit."""
+    resolved = resolve(load_spec(place / "spec.yaml", registry=PassRegistry()))
+    limits = memory_budget(capture(place / "model"), resolved, "shapes", None, None, whole=True)
+    return {need.stage: need for need in limits.needs}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_run_within_limits_has_the_same_bits(place: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the least that calibration needs and all that it would use, activations go to a file."""
+    monkeypatch.setattr(memory, "resident", lambda: 0)
+    monkeypatch.setattr(memory, "peak_memory", lambda: 0)
+    monkeypatch.setattr(memory, "SLACK", 0)
+    monkeypatch.setattr(memory, "WRITING", 0)
+    observe = needs_of(place)["observe"]
+    least = max(need.least for need in needs_of(place).values())
+    assert least < observe.bytes
+    wrote: list[int] = []
+    put = Spill.put
+
+    def counted(spill: Spill, *rest: Any) -> Any:
+        kept = put(spill, *rest)
+        wrote.append(spill.written)
+        return kept
+
+    monkeypatch.setattr(Spill, "put", counted)
+    whole, limited = place / f"whole-{share}", place / f"limited-{share}"
+    compile(place / "model", place / "spec.yaml", out=whole, verify="shapes")
+    assert max(wrote) == 0
+    promised = least + int(share * (observe.bytes - least))
+    compile(place / "model", place / "spec.yaml", out=limited, verify="shapes", memory=promised)
+    assert (max(wrote) > 0) == (share < 1)
+    assert weights_of(whole) == weights_of(limited) != {}
+    with pytest.raises(PlanError, match="this run needs"):
+        compile(place / "model", place / "spec.yaml", out=place / "refused", verify="shapes", memory=least - 1)
+    assert not list(place.glob(".*"))
 
 
 def skipped(program: Program, *layers: int) -> tuple[Program, Plan]:

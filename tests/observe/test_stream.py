@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_limits_keep_the_bits(
         assert torch.equal(value, got[name]), name  # type: ignore[arg-type]
     assert (tmp_path / "spill").is_dir() == (limits.activations is not None)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_products_by_rows_differ_by_rounding_alone(
+    made: tuple[Program, list[Tap], list[dict[str, torch.Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, taps, batches = made
+    taps = [tap for tap in taps if tap.kind != "taylor"]
+    want = found(program, taps, batches, dtype=torch.float64)
+    monkeypatch.setattr(stream, "PIECE", 500)
+    products = []
+    by_rows = stream._by_rows
+
+    def counted(program: Program, node: torch.fx.Node, *rest: Any) -> Any:
+        products.append(node.args[1].meta["weight"])  # type: ignore[union-attr]
+        return by_rows(program, node, *rest)
+
+    monkeypatch.setattr(stream, "_by_rows", counted)
+    got = found(program, taps, batches, dtype=torch.float64, limits=Limits(weights=1, split=True))
+    assert len(set(products)) == 7
+    for name, value in want.items():
+        exact = name in ("nats", "count")
+        torch.testing.assert_close(got[name], value, rtol=1e-6 if exact else 1e-12, atol=0 if exact else 1e-12)
 
 
 def test_spilled_tensors_come_back_with_their_layout(tmp_path: Path) -> None:
