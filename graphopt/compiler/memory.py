@@ -278,7 +278,7 @@ def _weights(program: Program, segment: Segment, dtype: torch.dtype = _OBSERVED)
     """
     names = [node.meta["weight"] for node in segment.weights]
     if segment.rows:
-        stored = max(program.weights[name].expr.dtype.itemsize for name in names)
+        stored = max(int(program.weights[name].expr.dtype.itemsize) for name in names)
         return 2 * PIECE + PIECE * stored // int(dtype.itemsize)
     narrow = [_held(program, name, program.weights[name].expr.dtype) for name in names]
     return sum(_held(program, name, dtype) for name in names) + max(narrow, default=0)
