@@ -69,7 +69,7 @@ def memory_budget(
 def _workloads(program: Program, resolved: Resolved) -> list[Workload]:
     spec, found = resolved.loaded.spec, []
     text = spec.calibration
-    if text is not None and any(config.needs_calibration() for _, config in resolved.steps):
+    if text is not None:
         views = Views(program)
         context = Context(views, tuple(range(len(views.blocks))))
         taps: list[Any] = []

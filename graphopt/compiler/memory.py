@@ -34,6 +34,8 @@ aten = torch.ops.aten
 SLACK = 96 << 20
 # Bytes in work while a tensor is written by rows: queued, being hashed, read and computed.
 WRITING = 160 << 20
+# Bytes in work while weights are scored by rows.
+SCORING = 16 << 20
 # Bytes an element while a map of a whole weight is computed: stored, widened, gathered and laid out for the product.
 MAPPING = {torch.float32: 14, torch.float64: 26}
 _ALIASES = {aten.to, aten.reshape, aten._unsafe_view, aten.contiguous, aten.alias}
@@ -319,7 +321,7 @@ def _planning(program: Program, reads: str) -> Need:
         # A weight in its own dtype and float64, and what is computed from it.
         need = _largest(program) * (program.dtype.itemsize + 3 * 8)
     else:
-        need = 16 << 20 if reads == "rows" else 0
+        need = SCORING if reads == "rows" else 0
     return Need("plan", need, need)
 
 
