@@ -21,11 +21,12 @@ from graphopt.artifact import load, save
 from graphopt.compiler.estimate import Estimate, estimate_run, memory_budget
 from graphopt.compiler.memory import Budget
 from graphopt.compiler.resolve import Resolved, resolve
-from graphopt.compiler.text import batches, evaluate, tokens_of
+from graphopt.compiler.text import batches, evaluate, training_data
 from graphopt.compiler.verify import verify as verify_step
 from graphopt.compiler.verify_drafting import verify_drafting
 from graphopt.cost import cost
 from graphopt.diagnostics import CheckError, Diagnostic, GraphoptError, Place, PlanError
+from graphopt.ir.pictures import PICTURES
 from graphopt.ir.program import Applied, Input, Program
 from graphopt.ir.text import fingerprint
 from graphopt.observe import Statistics
@@ -39,6 +40,7 @@ from graphopt.train import Record, train
 from graphopt.views import Views
 
 REPORT_AT = {"B": 1, "S": 512}
+PICTURES_AT = 1
 
 
 class Progress(Protocol):
@@ -246,7 +248,7 @@ def _train(
         found = train(
             step.after,
             training,
-            tokens_of(step.after, text.data),
+            training_data(step.after, text.data),
             teacher,
             state=Path(state) / step.spec.id if state is not None else None,
             tell=progress.advance,
@@ -309,7 +311,9 @@ def _measure(program: Program, resolved: Resolved, progress: Progress, limits: B
 
 
 def _figures(program: Program, quality: dict[str, Any]) -> dict[str, Any]:
-    at = {**REPORT_AT, **{dim.name: REPORT_AT["S"] for dim in program.dims if dim.name not in REPORT_AT}}
+    at = {**{dim.name: REPORT_AT["S"] for dim in program.dims}, **REPORT_AT}
+    if PICTURES.name in at:
+        at[PICTURES.name] = PICTURES_AT
     return {**cost(program).at(**at), "at": at, **quality}
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.observe.stream import Limits
 from graphopt.observe.text import perplexity, token_batches
+from graphopt.train.data import ANSWERS
 from graphopt.views.trace import derives_from
 
 
@@ -56,6 +59,30 @@ def batches(
     """Calibration or evaluation batches of a text for a program, `input_ids` `[batch, seq]` each."""
     made: list[dict[str, torch.Tensor]] = token_batches(tokens_of(program, data), samples, seq, batch, seed)
     return made
+
+
+def training_data(program: Program, data: str | Path) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What a program trains on: tokens `[N]` of a text, or the rows of a .safetensors file by the names of its inputs.
+
+    Rows may be marked by `answers` `[N, S]`, true at tokens that are to be predicted. Raises PlanError when the file does
+    not fit the program.
+    """
+    file = Path(data)
+    if file.suffix != ".safetensors":
+        return tokens_of(program, data)
+    try:
+        rows: dict[str, torch.Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PlanError.of("unreadable_text", f"cannot read {file}: {error}") from error
+    known = [spec.name for spec in program.entry.inputs]
+    unknown = sorted(set(rows) - {*known, ANSWERS})
+    if unknown:
+        raise PlanError.of(
+            "examples",
+            f"{file} holds {unknown[0]!r}, but the program takes {', '.join(known)}",
+            notes=(f"and {ANSWERS}",),
+        )
+    return rows
 
 
 def tokens_of(program: Program, data: str | Path) -> torch.Tensor:

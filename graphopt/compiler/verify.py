@@ -13,7 +13,8 @@ import torch
 from graphopt.compiler.verify_sampled import SHAPES as SAMPLED_SHAPES
 from graphopt.compiler.verify_sampled import sampled
 from graphopt.diagnostics import Diagnostic, Place, VerifyError
-from graphopt.ir.program import Program
+from graphopt.ir.pictures import splices
+from graphopt.ir.program import Input, Program
 from graphopt.observe.stream import Limits
 from graphopt.passkit.edits import Plan, emulate_edits
 from graphopt.passkit.facts import Effect
@@ -31,9 +32,12 @@ def tolerance(dtype: torch.dtype, terms: int) -> float:
 def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
     """Inputs at given sizes: tokens below the embedding's rows, padding with one padded row, positions from it.
 
-    A program with a cache gets filled ones of unequal lengths and a random tree of new tokens.
+    A program with a cache gets filled ones of unequal lengths and a random tree of new tokens; one that takes pictures a
+    picture a row, whose placeholders make the rows longer than `sizes` says.
     """
     generator = torch.Generator().manual_seed(seed)
+    text = sizes.get("S", 0)
+    sizes = {**sizes, **with_pictures(program, sizes)}
     sizes = {**capacity_of(program, sizes), **sizes}
     vocabulary = vocabulary_of(program)
     made: dict[str, torch.Tensor] = {}
@@ -44,11 +48,14 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
     for spec in program.entry.inputs:
         shape = shapes[spec.name]
         if spec.role == "tokens":
-            made[spec.name] = torch.randint(0, vocabulary, shape, generator=generator)
+            made[spec.name] = _with_placeholders(
+                program, spec, torch.randint(0, vocabulary, shape, generator=generator), text
+            )
         elif spec.role == "padding":
             mask = torch.ones(shape, dtype=spec.dtype)
-            if shape[0] > 1 and shape[1] > 2:
-                mask[-1, : shape[1] // 3] = 0
+            real = min(text or shape[1], shape[1])
+            if shape[0] > 1 and real > 2:
+                mask[-1, : real // 3] = 0
             made[spec.name] = mask
         elif spec.role == "lengths":
             made[spec.name] = torch.randint(0, sizes["C"] - sizes["S"] + 1, shape, generator=generator)
@@ -69,6 +76,22 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
             base = made[roles["padding"]] if "padding" in roles else torch.ones(shapes[roles["positions"]])
             made[roles["positions"]] = (base.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
     return made
+
+
+def with_pictures(program: Program, sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes of a program that takes pictures: one a row, and room for what stands for them in the text."""
+    places = sum(splice.entries for splice in splices(program))
+    return {"I": sizes["B"], "S": sizes["S"] + places} if places else {}
+
+
+def _with_placeholders(program: Program, spec: Input, ids: torch.Tensor, text: int) -> torch.Tensor:
+    """Tokens with those of a picture in the middle of what is no padding in any row, and nowhere else."""
+    for splice in splices(program):
+        if splice.tokens.name == spec.name:
+            ids = ids.masked_fill(ids == splice.token, (splice.token + 1) % max(2, splice.token))
+            start = text // 3 + (text - text // 3) // 2
+            ids[:, start : start + splice.entries] = splice.token
+    return ids
 
 
 def capacity_of(program: Program, sizes: dict[str, int]) -> dict[str, int]:

@@ -91,6 +91,18 @@ def _heavy_weights(node: fx.Node) -> Any:
     return 2 * b * h * s * (c + s) * d
 
 
+def _received(node: fx.Node) -> Any:
+    """Products of the queries that are asked with all keys."""
+    (b, h, s, d), (*_, t, _) = _shape(node.args[0]), _shape(node.args[1])
+    return 2 * b * h * s * t * d
+
+
+def _merged(node: fx.Node) -> Any:
+    """Every token compared with every other."""
+    b, s, d = _shape(node.args[0])
+    return 2 * b * s * s * d
+
+
 def _convolution(node: fx.Node) -> Any:
     weight = _shape(node.args[1])
     transposed = len(node.args) > 6 and bool(node.args[6]) and node.target is aten.convolution.default
@@ -141,6 +153,9 @@ _PRODUCTS: dict[Any, Callable[[fx.Node], Any]] = {
     torch.ops.graphopt.cached_attention: _cached_attention,
     torch.ops.graphopt.held_attention: _held_attention,
     torch.ops.graphopt.heavy_weights: _heavy_weights,
+    torch.ops.graphopt.received_attention: _received,
+    torch.ops.graphopt.merge_tokens: _merged,
+    torch.ops.graphopt.pair_scores: _merged,
 }
 
 _FREE = {
@@ -221,4 +236,12 @@ _FREE = {
     torch.ops.graphopt.dequantise,
     torch.ops.graphopt.rms_norm,
     torch.ops.graphopt.rotary,
+    torch.ops.graphopt.put_tokens,
+    torch.ops.graphopt.random_scores,
+    torch.ops.graphopt.similarity_scores,
+    torch.ops.graphopt.take_tokens,
+    torch.ops.graphopt.token_index,
+    torch.ops.graphopt.top_tokens,
+    torch.ops.graphopt.merge_windows,
+    torch.ops.graphopt.window_scores,
 }

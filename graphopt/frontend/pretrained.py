@@ -23,7 +23,9 @@ from graphopt.diagnostics import ArtifactError, CaptureError
 from graphopt.frontend.checkpoint import CheckpointSource
 from graphopt.frontend.converted import Conversion, ConvertedSource
 from graphopt.frontend.export import DEFAULT_DIMS, capture_module
-from graphopt.frontend.signature import dims_of, model_inputs
+from graphopt.frontend.signature import dims_of, model_inputs, with_pictures
+from graphopt.ir.follow import Lost
+from graphopt.ir.pictures import PICTURES, let_vary, splices
 from graphopt.ir.program import Dim, Origin, Program
 from graphopt.ir.weights import MemorySource
 
@@ -127,16 +129,27 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
     tensors = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     origin = Origin(type(model).__name__, config.to_dict(), type(model).__name__, None)
-    inputs = model_inputs(empty)
+    return _captured(empty, dims, source=MemorySource({**tensors, **buffers}), constants=buffers, origin=origin)
+
+
+def _captured(model: torch.nn.Module, dims: tuple[Dim, ...], **options: Any) -> Program:
+    """The program of a model without weights: with pictures where it takes them beside tokens, else of its tokens.
+
+    Some models cannot be captured with a varying number of pictures. Theirs is the program of the text alone.
+    """
+    inputs = model_inputs(model)
+    fixed = PICTURES.hint + 3
+    both = with_pictures(model, inputs, fixed)
     with our_masks():
-        return capture_module(
-            empty,
-            inputs,
-            dims=dims_of(inputs, dims),
-            source=MemorySource({**tensors, **buffers}),
-            constants=buffers,
-            origin=origin,
-        )
+        if both is not None:
+            name = next(spec.name for spec in both if spec.role == "pictures")
+            try:
+                program = let_vary(capture_module(model, both, dims=dims_of(both, dims), **options), name)
+                if splices(program):
+                    return program
+            except (CaptureError, Lost, RuntimeError, ValueError):
+                pass
+        return capture_module(model, inputs, dims=dims_of(inputs, dims), **options)
 
 
 def build_without_weights(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -173,17 +186,7 @@ def _capture(
         source = _as_the_model_names(source, model)
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
-    inputs = model_inputs(model)
-    with our_masks():
-        program = capture_module(
-            model,
-            inputs,
-            dims=dims_of(inputs, dims),
-            source=source,
-            constants=buffers,
-            origin=origin,
-            names_on_disk=on_disk,
-        )
+    program = _captured(model, dims, source=source, constants=buffers, origin=origin, names_on_disk=on_disk)
     return program if source is None else source.fit(program, "config.json makes it")
 
 

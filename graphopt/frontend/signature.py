@@ -13,6 +13,7 @@ from graphopt.ir.program import Dim, Input
 
 DECODER = Dim("T", 1, 1 << 20, 13)
 _IMAGE = 224
+_PICTURES = "pixel_values"
 
 
 def model_inputs(model: Any) -> tuple[Input, ...]:
@@ -42,6 +43,17 @@ def model_inputs(model: Any) -> tuple[Input, ...]:
         )
     order = list(parameters)
     return tuple(sorted(inputs, key=lambda spec: order.index(spec.name)))
+
+
+def with_pictures(model: Any, inputs: tuple[Input, ...], count: int) -> tuple[Input, ...] | None:
+    """The inputs and so many pictures beside the tokens, for a model that takes both; None for any other."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    tokens = any(spec.role == "tokens" for spec in inputs)
+    sized = any(isinstance(getattr(config, "image_size", None), int | list | tuple) for config in _configs(model))
+    if not tokens or _PICTURES not in parameters or not sized:
+        return None
+    made = (*inputs, Input(_PICTURES, (count, *_image(model)), torch.float32, "pictures"))
+    return tuple(sorted(made, key=lambda spec: parameters.index(spec.name)))
 
 
 def dims_of(inputs: tuple[Input, ...], dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -97,7 +109,7 @@ def _series(model: Any) -> tuple[str | int, ...] | None:
 
 
 _VALUES: dict[str, Callable[[Any], tuple[str | int, ...] | None]] = {
-    "pixel_values": _image,
+    _PICTURES: _image,
     "input_features": _features,
     "input_values": lambda model: ("S",),
     "past_values": _series,

@@ -26,7 +26,8 @@ class Dim:
 class Input:
     """One argument of the program: `shape` mixes dimension names and fixed sizes; `role` says what it means.
 
-    Roles: `tokens`, `padding` (1 at real tokens), `positions`, `values` (anything else); in a program with a cache also
+    Roles: `tokens`, `padding` (1 at real tokens), `positions`, `pictures` (those that placeholder tokens stand for),
+    `values` (anything else); in a program with a cache also
     `lengths` (entries that each row's cache holds), `ancestors` (which new tokens see which) and `cache`; in one with
     draft heads `ahead` `[B, S, K]` (the K tokens behind each position).
     """

@@ -16,9 +16,10 @@ def bind_inputs(
 ) -> list[torch.Tensor]:
     """Order inputs as the graph takes them, filling those that have a plain meaning when they are left out.
 
-    Padding becomes ones and positions 0..S-1. A program with a cache runs as a stateless one: empty caches of S slots,
-    lengths 0, tokens that see those before them. Caches of another floating dtype than `dtype` are copied, so that what
-    the run writes stays in the copy. Raises TypeError when a required input is missing or unknown.
+    Padding becomes ones, positions 0..S-1, and there are no pictures. A program with a cache runs as a stateless one:
+    empty caches of S slots, lengths 0, tokens that see those before them. Caches of another floating dtype than
+    `dtype` are copied, so that what the run writes stays in the copy. Raises TypeError when a required input is missing
+    or unknown.
     """
     names = [spec.name for spec in program.entry.inputs]
     unknown = sorted(set(given) - set(names))
@@ -51,6 +52,8 @@ def _usual(
     batch, count = ids.shape[:2]
     if spec.role == "padding":
         return torch.ones_like(ids)
+    if spec.role == "pictures":
+        return torch.zeros(0, *spec.shape[1:], dtype=specialise(spec.dtype, model=model, target=target, device=device))
     if spec.role == "positions":
         steps = torch.arange(count, device=ids.device).expand(batch, -1)
         return steps if lengths is None else lengths.to(ids.device)[:, None] + steps

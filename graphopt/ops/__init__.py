@@ -4,6 +4,19 @@ from graphopt.ops.bounded import bounded_attention, heavy_weights, held_attentio
 from graphopt.ops.cached import Slots, attend, cached_attention
 from graphopt.ops.library import attention, attention_mask, register, rms_norm, rotary
 from graphopt.ops.quantised import dequantise
+from graphopt.ops.tokens import (
+    merge_tokens,
+    merge_windows,
+    pair_scores,
+    put_tokens,
+    random_scores,
+    received_attention,
+    similarity_scores,
+    take_tokens,
+    token_index,
+    top_tokens,
+    window_scores,
+)
 
 __all__ = [
     "Slots",
@@ -15,7 +28,18 @@ __all__ = [
     "dequantise",
     "heavy_weights",
     "held_attention",
+    "merge_tokens",
+    "merge_windows",
+    "pair_scores",
+    "put_tokens",
+    "random_scores",
+    "received_attention",
     "register",
     "rms_norm",
     "rotary",
+    "similarity_scores",
+    "take_tokens",
+    "token_index",
+    "top_tokens",
+    "window_scores",
 ]

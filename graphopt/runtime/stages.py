@@ -67,7 +67,7 @@ def _of_input(node: fx.Node, role: str | None) -> Stage:
         return Stage.LOAD
     if role == "positions":
         return Stage.PLACE
-    return Stage.START if role == "values" else Stage.STEP
+    return Stage.START if role in ("values", "pictures") else Stage.STEP
 
 
 def tables(program: Program, stage: dict[fx.Node, Stage]) -> list[fx.Node]:

@@ -388,7 +388,18 @@ def _weight_flops(q: Any, k: Any, keys: Any, *rest: Any, out_shape: Any = None, 
     return int(2 * q.numel() * (k.shape[2] + keys.shape[2]))
 
 
+def _received_flops(q: Any, k: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
+    return int(2 * q.numel() * k[2])
+
+
+def _merged_flops(x: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
+    return int(2 * x.numel() * x[1])
+
+
 _FLOPS = {
+    torch.ops.graphopt.received_attention: _received_flops,
+    torch.ops.graphopt.merge_tokens: _merged_flops,
+    torch.ops.graphopt.pair_scores: _merged_flops,
     torch.ops.graphopt.attention: _attention_flops,
     torch.ops.graphopt.bounded_attention: _attention_flops,
     torch.ops.graphopt.held_attention: _held_flops,

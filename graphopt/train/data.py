@@ -1,13 +1,25 @@
-"""Training text: batch i is a function of i and the seed alone, so that a resumed run sees what it would have seen."""
+"""Training data, a text or examples: batch i is a function of i and the seed alone, so that runs can be resumed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from graphopt.diagnostics import PlanError
+
+ANSWERS = "answers"
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs of a program by name, and the tokens `[B, S]` that are to be predicted, IGNORED where none is."""
+
+    inputs: Mapping[str, torch.Tensor]
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +48,57 @@ class Windows:
         """Batches in one pass over the text."""
         return (len(self.tokens) // self.seq - 1) // self.batch
 
+    def __len__(self) -> int:
+        """Tokens of the text."""
+        return len(self.tokens)
+
     def __getitem__(self, index: int) -> torch.Tensor:
         """Batch `index` `[batch, seq]`."""
         epoch, place = divmod(index, self.per_epoch)
         starts = _starts(len(self.tokens), self.seq, self.seed, epoch)[place * self.batch : (place + 1) * self.batch]
         return torch.stack([self.tokens[start : start + self.seq] for start in starts.tolist()])
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Rows of inputs by name, each `[N, ...]`, in batches; `answers` `[N, S]` marks the tokens that are to be predicted.
+
+    Each pass takes the rows in a new order. Raises PlanError when the rows do not make one batch or do not fit together.
+    """
+
+    rows: Mapping[str, torch.Tensor]
+    name: str
+    batch: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {name: len(rows) for name, rows in self.rows.items()}
+        if self.name not in counts or len(set(counts.values())) != 1 or len(self) < self.batch:
+            raise PlanError.of(
+                "examples",
+                f"the examples do not make a batch of {self.batch} rows with {self.name}",
+                notes=(", ".join(f"{name}: {count} rows" for name, count in counts.items()),),
+            )
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows.get(self.name, ()))
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`."""
+        epoch, place = divmod(index, len(self) // self.batch)
+        chosen = _order(len(self), self.seed, epoch)[place * self.batch : (place + 1) * self.batch]
+        inputs = {name: rows[chosen] for name, rows in self.rows.items() if name != ANSWERS}
+        targets = inputs[self.name]
+        if ANSWERS in self.rows:
+            targets = targets.masked_fill(~self.rows[ANSWERS][chosen].to(torch.bool), IGNORED)
+        return Batch(inputs, targets)
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from graphopt.diagnostics import ArtifactError, PlanError
 from graphopt.ir.program import Program
 from graphopt.observe.text import token_input
 from graphopt.passkit.training import Training
-from graphopt.train.data import Windows
+from graphopt.train.data import Batch, Examples, Windows
 from graphopt.train.forward import Forward
 from graphopt.train.leaves import Leaves
 from graphopt.train.losses import terms_of
@@ -60,7 +60,11 @@ class Trainer:
     """
 
     def __init__(
-        self, program: Program, training: Training, tokens: torch.Tensor, teacher: Program | None = None
+        self,
+        program: Program,
+        training: Training,
+        tokens: torch.Tensor | Mapping[str, torch.Tensor],
+        teacher: Program | None = None,
     ) -> None:
         recipe = training.recipe
         self.program, self.training = program, training
@@ -70,7 +74,12 @@ class Trainer:
         _check_reached(self.forward, training.weights)
         self.leaves = Leaves(program, training.weights, self.forward.weights, self.dtype, training.lora, recipe.seed)
         self.teacher = self._teacher(teacher)
-        self.windows = Windows(tokens, recipe.batch, recipe.seq, recipe.seed)
+        name = token_input(program)
+        self.data: Windows | Examples = (
+            Windows(tokens, recipe.batch, recipe.seq, recipe.seed)
+            if isinstance(tokens, torch.Tensor)
+            else Examples(tokens, name, recipe.batch, recipe.seed)
+        )
         self.optimizer = torch.optim.AdamW(
             list(self.leaves.tensors.values()), lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.decay
         )
@@ -97,8 +106,7 @@ class Trainer:
         self.optimizer.zero_grad()
         found: dict[str, float] = {}
         for part in range(recipe.accumulate):
-            ids = self.windows[self.done * recipe.accumulate + part]
-            losses = self.losses(ids)
+            losses = self.losses(self.data[self.done * recipe.accumulate + part])
             (losses["loss"] / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 found[name] = found.get(name, 0.0) + float(value.detach()) / recipe.accumulate
@@ -116,15 +124,18 @@ class Trainer:
         self.history.append(found)
         return found
 
-    def losses(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every term on a batch of tokens `[B, S]`, and the weighted sum as `loss`."""
-        student = self.forward(self.leaves.current(), {token_input(self.program): ids})
+    def losses(self, batch: Batch | torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every term on a batch, or on tokens `[B, S]`, and the weighted sum as `loss`."""
+        if isinstance(batch, torch.Tensor):
+            batch = Batch({token_input(self.program): batch}, batch)
+        inputs = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
+        student = self.forward(self.leaves.current(), inputs)
         theirs: dict[str, torch.Tensor] = {}
         if self.teacher is not None:
             forward, weights = self.teacher
             with torch.no_grad():
-                theirs = forward(weights, {token_input(forward.program): ids})
-        found = {term.name: term(ids, student, theirs) for term in self.terms}
+                theirs = forward(weights, inputs)
+        found = {term.name: term(batch.targets, student, theirs) for term in self.terms}
         total = torch.stack([term.weight * found[term.name] for term in self.terms]).sum()
         return {**found, "loss": total}
 
@@ -191,14 +202,14 @@ class Trainer:
         sizes = {name: list(tensor.shape) for name, tensor in self.leaves.tensors.items()}
         # Terms that are not asked for say nothing, so that a state outlives the addition of a term.
         losses = self.training.losses.model_dump(mode="json", exclude_defaults=True)
-        asked = {**self.training.to_json(), "losses": losses, "sizes": sizes, "text": len(self.windows.tokens)}
+        asked = {**self.training.to_json(), "losses": losses, "sizes": sizes, "text": len(self.data)}
         return json.dumps(asked, sort_keys=True)
 
 
 def train(
     program: Program,
     training: Training,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | Mapping[str, torch.Tensor],
     teacher: Program | None = None,
     *,
     state: Path | None = None,

@@ -232,6 +232,16 @@ class Labels(RoutingRules):
     def _attention_mask(self, node: fx.Node) -> Axes:
         return self._fresh(node.meta["val"])
 
+    def _tokens(self, node: fx.Node) -> Axes:
+        """Some tokens of a tensor, or some more: every other axis stays what it is."""
+        axes, token = self._same(node), node.args[-1]
+        made = self._fresh(node.meta["val"])
+        for position, axis in enumerate(axes):
+            if position not in (0, token):
+                made[position] = axis
+        lock(axes[token], f"{op_name(node)} at %{node.name} chooses entries of it")  # type: ignore[index]
+        return made
+
     def _reduce(self, node: fx.Node) -> Axes | None:
         axes = self._same(node)
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -314,7 +324,17 @@ def _table() -> dict[Any, str]:
             torch.ops.graphopt.cached_attention,
             torch.ops.graphopt.held_attention,
         ],
-        "_attention_mask": [torch.ops.graphopt.attention_mask],
+        "_attention_mask": [
+            torch.ops.graphopt.attention_mask,
+            torch.ops.graphopt.pair_scores,
+            torch.ops.graphopt.random_scores,
+            torch.ops.graphopt.received_attention,
+            torch.ops.graphopt.similarity_scores,
+            torch.ops.graphopt.token_index,
+            torch.ops.graphopt.top_tokens,
+            torch.ops.graphopt.window_scores,
+        ],
+        "_tokens": [torch.ops.graphopt.take_tokens, torch.ops.graphopt.put_tokens],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
         "_cumsum": [aten.cumsum],
@@ -339,6 +359,8 @@ def _table() -> dict[Any, str]:
             aten.ones_like,
             aten.full_like,
             aten.type_as,
+            torch.ops.graphopt.merge_tokens,
+            torch.ops.graphopt.merge_windows,
         ],
         "_pointwise": [
             aten.where,

@@ -30,13 +30,14 @@ _RESIDUAL = {
     aten.reshape,
     torch.ops.graphopt.rms_norm,
 }
+_CHOICE = torch.ops.graphopt.top_tokens.default
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.convolution}
 _RECURRENCES = {aten.cumsum, aten.cumprod, aten.tril, aten.triu, aten.einsum, aten.bmm, aten.matmul, aten.logcumsumexp}
 
 
 def starts(program: Program) -> tuple[fx.Node, ...]:
     """Where residual streams may begin: embeddings of tokens, in graph order, then inputs of numbers."""
-    given = {spec.name for spec in program.entry.inputs if spec.role in ("tokens", "values")}
+    given = {spec.name for spec in program.entry.inputs if spec.role in ("tokens", "values", "pictures")}
     embedded: list[fx.Node] = []
     numbers: list[fx.Node] = []
     for node in program.graph.graph.nodes:
@@ -51,8 +52,9 @@ def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[f
     """Nodes that every path from `start` to the first result passes, in order, and all nodes on such paths."""
     result = program.output_nodes[0]
     forward = reachable([start], lambda n: n.users)
-    # Sizes are read off one tensor and used at another: no value passes there.
-    both = {n for n in reachable([result], lambda n: n.all_input_nodes) if n in forward and not _is_size(n)}
+    # Sizes are read off one tensor and used at another, and tokens are chosen by scores: no value passes there.
+    back = reachable([result], lambda n: n.all_input_nodes)
+    both = {n for n in back if n in forward and not _is_size(n) and n.target is not _CHOICE}
     if result not in both:
         return (), both
     if start is result:

@@ -1,0 +1,158 @@
+"""What tokens are chosen by, as nodes of the graph: one number `[B, S]` a token at the stream point of a stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.follow import At, Lost, follow, rank
+from graphopt.ir.weights import Const
+from graphopt.passes.tokens.options import Attention, Norm, Pairs, Predictor, Random, Windows
+
+if TYPE_CHECKING:
+    from graphopt.passes.tokens.stage import Stage
+    from graphopt.passes.tokens.walk import Walk
+
+aten = torch.ops.aten
+ops = torch.ops.graphopt
+
+
+def score_of(walk: Walk, stage: Stage, x: fx.Node, span: fx.Node, real: fx.Node) -> fx.Node:
+    """Scores of the tokens of `x` `[B, S, d]`; `span` and `real` `[B, S]` say which may leave and which are there."""
+    score = walk.selection.score
+    if isinstance(score, Norm):
+        return walk.call(aten.mean.dim, walk.call(aten.pow.Tensor_Scalar, x, 2), [-1])
+    if isinstance(score, Random):
+        drawn = walk.call(ops.random_scores.default, walk.base(x)["real"], score.seed)
+        return walk.at_level(drawn)
+    if isinstance(score, Pairs):
+        return walk.call(ops.pair_scores.default, x, span)
+    if isinstance(score, Windows):
+        return walk.call(ops.window_scores.default, x, walk.span.front, *walk.span.grid, score.size)
+    if isinstance(score, Predictor):
+        return predicted(walk, stage, score, x)
+    if isinstance(score, Attention):
+        return _attention(walk, stage, score, x, span, real)
+    return walk.call(ops.similarity_scores.default, x, _others(walk, span, real))
+
+
+def predicted(walk: Walk, stage: Stage, score: Predictor, x: fx.Node) -> fx.Node:
+    """What a stage's own network says of each token `[B, S]`."""
+    value = walk.views.program.nodes[walk.span.blocks[stage.layer].entry.name].meta["val"]
+    generator = torch.Generator().manual_seed(score.seed)
+    width, dtype = int(value.shape[-1]), value.dtype
+    shapes = ((score.width, width), (score.width,), (1, score.width))
+    made = []
+    for name, shape in zip(stage.weights, shapes, strict=True):
+        tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.zeros(shape)
+        made.append(walk.rewriter.add_weight(name, Const(tensor, dtype)))
+    up, bias, down = made
+    hidden = walk.call(aten.gelu.default, walk.call(aten.linear.default, x, up, bias))
+    return walk.call(aten.squeeze.dim, walk.call(aten.linear.default, hidden, down), -1)
+
+
+def present(walk: Walk, x: fx.Node, score: fx.Node, span: fx.Node) -> fx.Node:
+    """The stream bit for bit, with the gradient of each token's presence passed on to its score."""
+    gate = walk.call(aten.sigmoid.default, score)
+    nothing = walk.call(aten.sub.Tensor, gate, walk.call(aten.detach.default, gate))
+    nothing = walk.call(aten.masked_fill.Scalar, nothing, walk.call(aten.logical_not.default, span), 0)
+    one = walk.call(aten.add.Tensor, walk.call(aten.unsqueeze.default, nothing, -1), 1)
+    return walk.call(aten.mul.Tensor, x, one)
+
+
+def _others(walk: Walk, span: fx.Node, real: fx.Node) -> fx.Node:
+    """The tokens that are there and may not leave."""
+    return walk.call(aten.logical_and.default, real, walk.call(aten.logical_not.default, span))
+
+
+def _attention(walk: Walk, stage: Stage, score: Attention, x: fx.Node, span: fx.Node, real: fx.Node) -> fx.Node:
+    core = core_of(walk, stage, score)
+    scale, causal, window, softcap = core.args[5:9]
+    original = walk.masks.get(core, core.args[3])
+    if window is not None:
+        raise Lost(core, "has a window, so that the attention received does not compare all tokens")
+    q, k, mask = _ahead(walk, x, core) if score.at == "next" else (core.args[0], core.args[1], core.args[3])
+    if score.of in ("all", "text"):
+        rows = real if score.of == "all" else _others(walk, span, real)
+        return walk.call(ops.received_attention.default, q, k, mask, rows, scale, causal, softcap)
+    if score.of == "class":
+        row = walk.call(aten.zeros_like.default, walk.call(aten.slice.Tensor, span, 1, 0, 1), dtype=torch.int64)
+    else:
+        row = walk.last_place()
+    query = walk.call(ops.take_tokens.default, q, row, 2)
+    seen = real
+    if isinstance(original, fx.Node) and rank(original) == 4:
+        value = original.meta["val"]
+        one = mask if value.shape[2] == 1 else walk.call(ops.take_tokens.default, mask, row, 2)
+        seen = walk.hiding(one, value.dtype, real)
+    return walk.call(ops.received_attention.default, query, k, seen, None, scale, False, softcap)
+
+
+def core_of(walk: Walk, stage: Stage, score: Attention) -> fx.Node:
+    """The attention whose queries and keys score: of the layer in front of the stage, or of the one behind."""
+    layer = stage.layer - (score.at == "before")
+    if layer < 0:
+        raise Lost(walk.rewriter.node(walk.span.blocks[0].entry), "has no layer in front to score by: use at: next")
+    block = walk.span.blocks[layer]
+    own = [a for a in block.attentions if not a.cross and a.core.target is ops.attention.default]
+    if not own:
+        raise Lost(block.entry, f"has no plain self-attention in layer {layer} to score by")
+    found: fx.Node = walk.rewriter.node((own[-1] if score.at == "before" else own[0]).core)
+    return found
+
+
+def _ahead(walk: Walk, x: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
+    """Queries, keys and mask of the next attention for the tokens in front of the stage: what leads to them, once more."""
+    point, level = next(p for p, s in walk.points.items() if s is walk.now_at), walk.count
+    wanted = _between(walk, point, [core.args[0], core.args[1]])
+    known: dict[fx.Node, At | None] = {point: At(1)}
+    copies: dict[fx.Node, fx.Node] = {point: x}
+
+    def plain(node: fx.Node) -> fx.Node:
+        """A node that no token reaches: itself, or a copy where it stands behind the stage."""
+        if walk.order.get(node, 0) <= walk.order[point] or node.op != "call_function":
+            return node
+        if node not in copies:
+            args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
+            copies[node] = walk.call(node.target, *args, **kwargs)
+            copies[node].meta["val"] = node.meta["val"]
+        return copies[node]
+
+    for node in walk.nodes:
+        if node not in wanted:
+            continue
+        step = follow(node, known)
+        known[node] = step.at
+        sides = {operand: walk.level_side(plain(operand), axis, level, rank(node)) for operand, axis in step.meets}
+        length = walk.length(level) if level else None
+        args = step.sizes(length) if step.sizes is not None and length is not None else node.args
+
+        def mapped(value: fx.Node, sides: dict[fx.Node, fx.Node] = sides) -> fx.Node:
+            return sides[value] if value in sides else copies[value] if value in copies else plain(value)
+
+        made = walk.call(node.target, *fx.node.map_arg(args, mapped), **fx.node.map_arg(node.kwargs, mapped))
+        made.meta["val"] = node.meta["val"]
+        copies[node] = made
+    mask = core.args[3]
+    if isinstance(mask, fx.Node):
+        mask = plain(mask)
+    if level:
+        mask = walk.mask_at(core, mask, level)
+    return copies[core.args[0]], copies[core.args[1]], mask  # type: ignore[index]
+
+
+def _between(walk: Walk, point: fx.Node, ends: list[Any]) -> set[fx.Node]:
+    """Nodes on paths from a point to some ends."""
+    ahead: set[fx.Node] = {point}
+    for node in walk.nodes[walk.order[point] + 1 :]:
+        if any(source in ahead for source in node.all_input_nodes):
+            ahead.add(node)
+    behind, stack = set(ends), list(ends)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in ahead and source is not point and source not in behind:
+                behind.add(source)
+                stack.append(source)
+    return behind
