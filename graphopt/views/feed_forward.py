@@ -75,7 +75,7 @@ def find_experts(labels: Labels, dense: Collection[FeedForward]) -> tuple[list[E
                 _name(activations[0]),
                 size_of(axes[0]),
                 experts[-1],
-                _top_k(down.index),
+                _top_k(index, down),
                 neurons[0].size,
                 neurons[0],
                 shared,
@@ -131,9 +131,11 @@ def _router(labels: Labels, expert: Atom, down: Linear) -> Linear | None:
     return found[-1] if found else None
 
 
-def _top_k(index: fx.Node | None) -> int | None:
-    """How many experts a tensor of choices names for each token."""
-    node = index
+def _top_k(choices: fx.Node | None, down: Linear) -> int | None:
+    """How many experts a tensor of choices names for each token: its last axis, or what chose where it is a list."""
+    if choices is not None and choices.meta["val"].dim() > 1:
+        return int(choices.meta["val"].shape[-1])
+    node = down.index
     while node is not None and node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", None)
         if packet is aten.topk:

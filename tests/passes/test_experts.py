@@ -163,6 +163,14 @@ def test_the_largest_tokens_keep_all_their_choices() -> None:
         assert found == pytest.approx([dropped] * 2, abs=0.06)
 
 
+def test_fewer_choices_are_counted_as_such() -> None:
+    after = trial(made(Reroute, top_k=1), build(SHAPE)).after
+    assert [bank.top_k for bank in Views(after).experts] == [1] * 3
+    assert {d.reason for d in trial(made(SelfContrast, rank=2), after).plan.declines} == {
+        "it chooses 1 experts for each token, not 2"
+    }
+
+
 def test_routes_that_change_nothing_are_declined() -> None:
     one = program("mixtral")
     for options, reason in (
