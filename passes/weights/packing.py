@@ -21,7 +21,7 @@ from graphopt.passkit.edits import Decline, Edit, Plan
 from graphopt.select.allocate import best_widths
 from graphopt.select.expert_rows import ExpertRows, row_taps
 from graphopt.select.score import routing_tap
-from graphopt.views import Block, Experts, Linear, Views
+from graphopt.views import Block, Experts, FeedForward, Linear, Views
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.bmm, aten.matmul, aten.baddbmm, aten.einsum, aten._grouped_mm)
@@ -142,7 +142,7 @@ def plan(config: Quantize, context: Context) -> Plan:
         shape = weight.expr.shape
         if weight.kind != "parameter" or len(shape) < 2:
             continue
-        place = places.get(name, "no matrix product reads it")
+        place = places.get(name, "no matrix product is seen to read it")
         reason = place if isinstance(place, str) else _reason(config, place, weights[name], bool(weight.aliases))
         if reason is not None:
             declines.append(Decline(name, reason))
@@ -151,7 +151,7 @@ def plan(config: Quantize, context: Context) -> Plan:
         turned = place.linear.in_axis == len(shape) - 2
         edits.append(Pack(name, config.bits, config.group, turned, shape, place.linear.bank))
     if "experts" in config.parts:
-        _check_banks(context, {edit.weight for edit in edits})
+        _check_banks(context, {edit.weight for edit in edits}, {d.candidate: d.reason for d in declines})
     notes: dict[str, Any] = {}
     if config.experts is not None:
         edits, notes = _mixed(config, config.experts, context, edits)
@@ -174,24 +174,41 @@ def _places(context: Context) -> dict[str, _Place | str]:
     views = context.views
     found: dict[str, _Place | str] = {}
     routers = {bank.router.weight for bank in views.experts if bank.router is not None}
+    parts = _parts(views)
     for linear in (*views.labels.linears.values(), *views.labels.bank_linears.values()):
-        block = views.block_of(linear.node)
-        if block is None:
+        block, known = views.block_of(linear.node), found.get(linear.weight)
+        if block is None and (linear.weight not in parts or not _everywhere(context)):
+            # Where two runs share their layers no block is found, but the parts of layers are.
             found.setdefault(linear.weight, "it lies outside the layers")
-        elif not _covered(context, block, *_paths_of(block, linear)):
+        elif block is not None and not _covered(context, block, parts.get(linear.weight, block.path)):
             found.setdefault(linear.weight, "outside `where`")
-        elif isinstance(found.get(linear.weight), _Place) and found[linear.weight].linear.in_axis != linear.in_axis:  # type: ignore[union-attr]
+        elif isinstance(known, _Place) and known.linear.in_axis != linear.in_axis:
             found[linear.weight] = "products sum over either axis of it"
         else:
             found[linear.weight] = _Place(linear, linear.weight in routers)
     return found
 
 
-def _paths_of(block: Block, linear: Linear) -> list[str]:
-    parts = [(a.path, (a.q, a.k, a.v, a.o)) for a in block.attentions]
-    parts += [(f.path, (f.up, f.gate, f.down, None)) for f in block.feed_forwards]
-    parts += [(e.path, (e.up, e.gate, e.down, e.router)) for e in block.experts]
-    return [path for path, held in parts if any(one is not None and one.weight == linear.weight for one in held)]
+def _everywhere(context: Context) -> bool:
+    return not context.paths and len(context.layers) == len(context.views.blocks)
+
+
+def _parts(views: Views) -> dict[str, str]:
+    """Paths of the views that matrices belong to."""
+    found: dict[str, str] = {}
+    for attention in views.attentions:
+        for linear in (attention.q, attention.k, attention.v, attention.o):
+            if linear is not None:
+                found[linear.weight] = attention.path
+    held: tuple[FeedForward | Experts, ...] = (*views.feed_forwards, *views.experts)
+    for part in held:
+        for linear in (part.up, part.gate, part.down):
+            if linear is not None:
+                found[linear.weight] = part.path
+    for bank in views.experts:
+        if bank.router is not None:
+            found[bank.router.weight] = bank.path
+    return found
 
 
 def _reason(config: Quantize, place: _Place, node: fx.Node, tied: bool) -> str | None:
@@ -205,27 +222,25 @@ def _reason(config: Quantize, place: _Place, node: fx.Node, tied: bool) -> str |
     return None
 
 
-def _check_banks(context: Context, covered: set[str]) -> None:
+def _check_banks(context: Context, covered: set[str], reasons: dict[str, str]) -> None:
     """Raise PlanError for a bank of matrices in a covered layer that no edit rounds."""
     views = context.views
     for name, node in views.program.weight_nodes.items():
         weight = views.program.weights[name]
         if weight.kind != "parameter" or len(weight.expr.shape) != 3 or name in covered:
             continue
-        product = _product_of(node)
-        block = views.block_of(product) if product is not None else None
-        if product is None or (block is not None and not _covered(context, block, *_bank_paths(block, name))):
+        product, reason = _product_of(node), reasons.get(name, "")
+        if product is None or reason == "outside `where`":
+            continue
+        block = views.block_of(product)
+        if block is not None and not _covered(context, block):
             continue
         raise PlanError.of(
             "uncovered_bank",
-            f"the bank of matrices {name!r} {list(weight.expr.shape)} would stay as it is: it is not recognised as experts",
+            f"the bank of matrices {name!r} {list(weight.expr.shape)} would stay as it is: {reason}",
             notes=(f"read by %{product.name} at {product.meta.get('path', product.name)}",),
             help=("leave its layer out with `where`, or experts with `parts: [products]`",),
         )
-
-
-def _bank_paths(block: Block, name: str) -> list[str]:
-    return [e.path for e in block.experts if name in (e.up.weight, e.down.weight)]
 
 
 def _product_of(node: fx.Node) -> fx.Node | None:

@@ -84,9 +84,21 @@ def test_a_bank_that_is_not_recognised_is_an_error(monkeypatch: pytest.MonkeyPat
     del views.labels.bank_linears[lost]
     config = Quantize()
     context = trial(config, whole).context_of(views)
-    with pytest.raises(PlanError, match="would stay as it is: it is not recognised as experts"):
+    with pytest.raises(PlanError, match="would stay as it is: no matrix product is seen to read it"):
         config.plan(context)
     assert Quantize(parts=("products",)).plan(context).edits
+
+
+def test_both_runs_of_a_contrast_are_packed() -> None:
+    from graphopt.passes.experts.self_contrast import SelfContrast
+
+    one = build(Shape(layers=2, heads=2, kv_heads=2, head_dim=4, hidden=8, neurons=6, experts=4, chosen=2))
+    two = trial(SelfContrast(), one).after
+    case = trial(Quantize(group=8), two)
+    assert {edit.candidate for edit in case.plan.edits} == {
+        edit.candidate for edit in trial(Quantize(group=8), one).plan.edits
+    }
+    LAWS["surgery_equals_emulation"](case.config, two)
 
 
 def test_eight_bits_are_nearly_the_model() -> None:
