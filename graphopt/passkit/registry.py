@@ -37,6 +37,7 @@ BUILT_IN = {
     "recover": "graphopt.passes.training.recover:Recover",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
     "reroute": "graphopt.passes.experts.reroute:Reroute",
+    "resize_patches": "graphopt.passes.tokens.resize_patches:ResizePatches",
     "self_contrast": "graphopt.passes.experts.self_contrast:SelfContrast",
     "skip_layers": "graphopt.passes.depth.skip_layers:SkipLayers",
     "speculate": "graphopt.passes.speculative.speculate:Speculate",

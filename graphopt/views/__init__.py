@@ -1,7 +1,7 @@
 """Views: what the graph is made of, for passes and people."""
 
 from graphopt.views.atoms import Atom, Axis, Keep, coordinates, find, flat, indices, leaves, size_of
-from graphopt.views.cutting import cut
+from graphopt.views.cutting import cut, spell_sizes
 from graphopt.views.kinds import Attention, Block, Experts, FeedForward, Mixer, SubLayer, Unseen
 from graphopt.views.labels import Labels
 from graphopt.views.model import Views
@@ -32,5 +32,6 @@ __all__ = [
     "indices",
     "leaves",
     "size_of",
+    "spell_sizes",
     "unit_groups",
 ]

@@ -44,6 +44,17 @@ def cut(rewriter: Rewriter, labels: Labels, keep: Mapping[Atom, Keep]) -> None:
         cutter.fold_norm(node, axis)
 
 
+def spell_sizes(rewriter: Rewriter, labels: Labels, keep: Mapping[Atom, Keep]) -> None:
+    """Write the sizes that leaves with other numbers of entries have wherever the graph spells them out.
+
+    Weights and norms are the caller's: unlike a cut, a table may repeat indices, so that a leaf grows.
+    """
+    cutter = _Cutter(rewriter, labels, {find(atom): chosen for atom, chosen in keep.items()})
+    for node in labels.program.graph.graph.nodes:
+        if node.op == "call_function":
+            cutter.fix_sizes(node)
+
+
 class _Cutter:
     def __init__(self, rewriter: Rewriter, labels: Labels, keep: Mapping[Atom, Keep]) -> None:
         self.rewriter = rewriter

@@ -163,6 +163,17 @@ class Labels(RoutingRules):
         lock(axes[0], "rows are looked up by id")
         return [*self.of(ids), axes[1]]  # type: ignore[arg-type]
 
+    def _masked_scatter(self, node: fx.Node) -> Axes | None:
+        """Rows of the source, written in their order where a mask of rows says."""
+        x, mask, source = node.args
+        axes, rows = self._same(node), self.of(source)  # type: ignore[arg-type]
+        if mask.meta["val"].shape[-1] != 1 or x.meta["val"].shape[-1] != source.meta["val"].shape[-1]:  # type: ignore[union-attr]
+            return None
+        unify(axes[-1], rows[-1], f"rows written at %{node.name}")
+        for axis in rows[:-1]:
+            lock(axis, f"places are held for its entries at %{node.name}")
+        return axes
+
     def _layer_norm(self, node: fx.Node) -> Axes | None:
         x, sizes = node.args[:2]
         axes = self.of(x)  # type: ignore[arg-type]
@@ -313,6 +324,7 @@ def _table() -> dict[Any, str]:
         "_stack": [aten.stack],
         "_split": [aten.split, aten.split_with_sizes, aten.chunk],
         "_unbind": [aten.unbind],
+        "_masked_scatter": [aten.masked_scatter],
         "_select": [aten.select],
         "_slice": [aten.slice],
         "_layer_norm": [aten.layer_norm],

@@ -38,6 +38,7 @@ PLAIN = {
     "recover": {},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},
     "reroute": {"top_k": 1},
+    "resize_patches": {"patch": 3},
     "self_contrast": {},
     "skip_layers": {"layers": 1},
     "speculate": {"drafter": {"kind": "recycle"}},
@@ -45,19 +46,24 @@ PLAIN = {
 MODEL = Shape(
     layers=3, heads=8, kv_heads=4, head_dim=4, hidden=8, neurons=10, gated=True, positions="rotary", tied=True
 )
+VISION = Shape(layers=3, heads=4, kv_heads=4, head_dim=4, hidden=8, neurons=10, positions="learned", kind="vision")
 ROUTED = replace(MODEL, experts=4, chosen=2)
 # Passes about experts are tried on a model that has some.
 NEEDS_EXPERTS = {"add_momentum", "merge_experts", "prune_experts", "reroute", "self_contrast"}
+# The same models over patches of a picture, half of them with positions.
+PICTURES = [replace(shape, kind="vision", positions=("learned", "none")[i % 2]) for i, shape in enumerate(POOL)]
 _REGISTRY = PassRegistry()
 
 for _name in BUILT_IN:
     _class = _REGISTRY.get(_name)
-    globals()[f"Test{_class.__name__}"] = laws_of(_class, max_examples=EXAMPLES, shapes=POOL)
+    _pool = PICTURES if _name == "resize_patches" else POOL
+    globals()[f"Test{_class.__name__}"] = laws_of(_class, max_examples=EXAMPLES, shapes=_pool)
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PLAIN, PLAIN)))
 def test_every_ordered_pair_composes_or_is_refused_in_words(first: str, second: str) -> None:
-    program = build(ROUTED if {first, second} & NEEDS_EXPERTS else MODEL)
+    vision, routed = first == "resize_patches", {first, second} & NEEDS_EXPERTS
+    program = build(VISION if vision else ROUTED if routed else MODEL)
     one, two = (_REGISTRY.get(name).model_validate(dict(PLAIN[name])) for name in (first, second))
     assert trial(one, program).plan.edits or first == "cleanup"
     try:
