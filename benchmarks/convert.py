@@ -131,7 +131,7 @@ def figures(results: Path) -> str:
         if "flap" in found:
             flap = found["flap"]
             within = ", ".join(
-                f"{flap[name]['peak_memory'] >> 20} MiB and {flap[name]['seconds']:.0f} s {text}"
+                f"{flap[name]['peak_memory'] >> 20} MiB and {flap[name]['cpu_seconds']:.0f} CPU seconds {text}"
                 for name, text in (("limited", f"with `--memory {flap['memory']}`"), ("unlimited", "without"))
             )
             bits = "the same bits" if flap["same_bits"] else "OTHER BITS"
@@ -148,7 +148,7 @@ def figures(results: Path) -> str:
 
 def _row(name: str, job: dict[str, Any]) -> str:
     told = job.get("predicted", {})
-    cells = [name, f"{job['seconds']:.0f}", f"{job.get('times_the_copy', 1):.2f}"]
+    cells = [name, f"{job['seconds']:.0f}", f"{job.get('times_the_copy', 1):.2f}", f"{job['cpu_seconds']:.0f}"]
     for key, unit, places in (("bytes_read", 1e9, 2), ("bytes_written", 1e9, 2), ("peak_memory", 1 << 20, 0)):
         cells.append(f"{job[key] / unit:.{places}f}" + (f" ({told[key] / unit:.{places}f})" if told else ""))
     return f"| {' | '.join(cells)} |"

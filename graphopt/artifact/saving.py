@@ -182,6 +182,18 @@ class _Once:
             self.held[name] = value
         return value  # type: ignore[no-any-return]
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows, of what is held where it is; the last rows end one reading."""
+        if name in self.held:
+            whole = self.held[name]
+            if stop == len(whole):
+                self.readers[name] -= 1
+                if self.readers[name] <= 0:
+                    del self.held[name]
+            return whole[start:stop]
+        read = getattr(self.source, "rows", None)
+        return read(name, start, stop) if read is not None else self.source.get(name)[start:stop]  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 

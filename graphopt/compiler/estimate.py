@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphopt.compiler.memory import MAPPING, SLACK, WRITING, Budget, Workload, budget, peak_memory, resident
+from graphopt.compiler.memory import MAPPING, SLACK, WRITING, Budget, Workload, budget, peak_memory
 from graphopt.compiler.resolve import Resolved
 from graphopt.compiler.verify_sampled import read_by
 from graphopt.cost import cost
@@ -116,7 +116,6 @@ def estimate_run(
     verify = next((need.bytes for need in limits.needs if need.stage == "verify"), 0)
     if verify and limits.verify is not None:
         verify = max(verify, MAPPING[torch.float64] * largest)
-    base = resident()
     rates = _rates(original)
     flops = sum(_flops(before, after, level, limits) for before, after in steps)
     stages = {
@@ -132,7 +131,7 @@ def estimate_run(
         "save": max(saving / rates["read"], written / rates["write"]) + copies / rates["widen"],
     }
     return Estimate(
-        max(peak_memory(), base + verify + SLACK, base + WRITING + copies),
+        max(peak_memory(), limits.base + verify + SLACK, limits.base + WRITING + copies),
         planning + checking + measuring + saving,
         written,
         round(sum(stages.values()), 1),

@@ -241,6 +241,22 @@ def test_a_tensor_that_several_weights_are_made_of_is_read_once(tmp_path: Path) 
     assert not once.source.held  # type: ignore[union-attr]
 
 
+def test_a_tensor_that_is_held_serves_rows_and_goes(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path / "in")
+    x = Source("t00", (64, 32), torch.float32)
+    bias = Weight("bias", MatMul(x, Const(torch.ones(32), torch.float32), torch.float32))
+    columns = Weight("columns", Take(x, 1, (1, 2, 5)))
+    once = _reading_once(WeightStore({"bias": bias, "columns": columns}, weights.source), {"bias", "columns"})
+    before = weights.source.bytes_read  # type: ignore[union-attr]
+    once.evaluate("bias")
+    assert set(once.source.held) == {"t00"}  # type: ignore[union-attr]
+    pieces = list(once.pieces("columns", 100))
+    assert len(pieces) > 4
+    assert torch.equal(torch.cat(pieces), weights.with_weight(columns).evaluate("columns"))
+    assert not once.source.held  # type: ignore[union-attr]
+    assert weights.source.bytes_read - before == 2 * 64 * 32 * 4  # type: ignore[union-attr]
+
+
 def test_a_killed_save_is_resumed(tmp_path: Path) -> None:
     """Three real kills at moments spread over the save; the last run finishes it."""
     write(tmp_path / "whole", checkpoint(tmp_path / "in"))
