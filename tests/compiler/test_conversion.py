@@ -97,3 +97,10 @@ def test_scoring_reads_what_it_scores_and_saving_reads_all_once(convert: ModuleT
     scored = sum(value.nbytes for name, value in before.items() if "_proj" in name)
     source = program.weights.source
     assert source.bytes_read <= scored + sum(value.nbytes for value in before.values())  # type: ignore[union-attr]
+
+
+def test_the_page_shows_the_published_figures(convert: ModuleType) -> None:
+    text = convert.PAGE.read_text()
+    begin, end = convert.MARKS
+    results = Path(convert.__file__).parent / "results" / "convert.json"
+    assert text.partition(begin)[2].partition(end)[0] == convert.figures(results)
