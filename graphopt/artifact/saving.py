@@ -211,7 +211,6 @@ def _reading_once(store: WeightStore, names: set[str | None]) -> WeightStore:
 
 
 def _write_config(config: Any, program: Program, dtype: torch.dtype | None, directory: Path) -> None:
-    config.architectures = [program.origin.architecture]
     config.dtype = dtype or program.dtype
     config.to_json_file(directory / "config.json")
 

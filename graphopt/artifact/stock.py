@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.artifact.match import Match, match
+from graphopt.artifact.relatives import relatives
 from graphopt.diagnostics import ArtifactError, GraphoptError
 from graphopt.ir.program import Program
 
@@ -46,6 +47,17 @@ def find_stock(program: Program) -> Stock | tuple[str, ...]:
     raw = program.origin.config
     if raw is None or not isinstance(raw.get("model_type"), str):
         return ("the program was not captured from a transformers config",)
+    found = _find(program, raw)
+    if isinstance(found, Stock):
+        return found
+    for other in relatives(program, raw):
+        related = _find(program, other)
+        if isinstance(related, Stock):
+            return related
+    return found
+
+
+def _find(program: Program, raw: Mapping[str, Any]) -> Stock | tuple[str, ...]:
     search = _Search(program, raw)
     try:
         first = _first_guess(search)
@@ -85,7 +97,9 @@ def _climb(search: _Search, values: Values) -> Stock | tuple[str, ...]:
     stock = search.captures[_key(best_values)]
     assert isinstance(stock, Program)
     shapes = {name: (stock.weights[name].expr.shape, stock.weights[name].expr.dtype) for name in best.binding}
-    return Stock(_config(search, best_values), best.binding, shapes)
+    config = _config(search, best_values)
+    config.architectures = [_architecture(search)]
+    return Stock(config, best.binding, shapes)
 
 
 def _badness(found: Match) -> tuple[bool, int]:
@@ -109,6 +123,14 @@ def _config(search: _Search, values: Values) -> Any:
     return AutoConfig.for_model(model_type, **{**raw, **values})
 
 
+def _architecture(search: _Search) -> str | None:
+    """The model class: that of the program, unless the search is for a config of another class."""
+    own = search.program.origin.config or {}
+    if search.raw.get("model_type") == own.get("model_type"):
+        return search.program.origin.architecture
+    return str(search.raw["architectures"][0])
+
+
 def _capture(search: _Search, values: Values) -> Program | str:
     """The stock program of a config without weights, or why there is none."""
     from graphopt.frontend.pretrained import capture_config
@@ -119,8 +141,9 @@ def _capture(search: _Search, values: Values) -> Program | str:
     program = search.program
     try:
         config = _config(search, values)
-        if program.origin.architecture is not None:
-            config.architectures = [program.origin.architecture]
+        architecture = _architecture(search)
+        if architecture is not None:
+            config.architectures = [architecture]
         found: Program | str = capture_config(config, dtype=program.dtype, dims=program.dims)
     except GraphoptError as error:
         found = f"stock config {_short(values)}: {error.diagnostics[0].message}"

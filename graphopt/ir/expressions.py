@@ -379,3 +379,42 @@ class BlockMap(Expr):
         """How many slices become how many."""
         old = sum(len(group) for group in self.members)
         return f"map({self.part.describe()}, axis {self.axis}, {old} slices to {len(self.members)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Rearrange(Expr):
+    """Read as `sizes`, then put the axes in `order`: a matrix `[E w, d]` as a bank of E matrices `[E, w, d]`."""
+
+    part: Expr
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def parts(self) -> tuple[Expr, ...]:
+        """The expression that is read."""
+        return (self.part,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the result."""
+        return tuple(self.sizes[axis] for axis in self.order)
+
+    @property
+    def moves(self) -> bool:
+        """Whether what it reads does."""
+        return self.part.moves
+
+    def rows(self, start: int, stop: int) -> Expr | None:
+        """The same of fewer rows, where an axis that leads stays in front."""
+        if self.order[0] != 0 or not self.sizes[0] or self.part.shape[0] % self.sizes[0]:
+            return None
+        each = self.part.shape[0] // self.sizes[0]
+        part = self.part.rows(start * each, stop * each)
+        return None if part is None else Rearrange(part, (stop - start, *self.sizes[1:]), self.order)
+
+    def compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Reshape and permute."""
+        return parts[0].reshape(self.sizes).permute(self.order)
+
+    def describe(self) -> str:
+        """The new shape."""
+        return f"rearrange({self.part.describe()}, {list(self.shape)})"

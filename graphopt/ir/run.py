@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
+from graphopt.ir.grouped import lower_choices
 from graphopt.ir.program import Input, Program, specialise
 
 
@@ -90,6 +91,14 @@ def specialised(program: Program, target: torch.dtype, device: torch.device | st
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
+def runnable(program: Program, target: torch.dtype, device: torch.device | str) -> fx.GraphModule:
+    """A specialised copy that is only run: what has a faster form is computed in it, under the same node names."""
+    graph = specialised(program, target, device)
+    lower_choices(graph.graph)
+    graph.recompile()
+    return graph
+
+
 class Runner:
     """A program with its weights evaluated once, callable many times."""
 
@@ -97,7 +106,7 @@ class Runner:
         self.program = program
         self.device = device
         self.dtype = dtype
-        self.graph = specialised(program, dtype or program.dtype, device)
+        self.graph = runnable(program, dtype or program.dtype, device)
         names = [node.meta["weight"] for node in program.graph.graph.nodes if "weight" in node.meta]
         self.values = [program.weights.evaluate(name, dtype, device) for name in names]
 

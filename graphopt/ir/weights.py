@@ -14,7 +14,20 @@ from typing import Protocol
 import torch
 
 from graphopt.diagnostics import ArtifactError
-from graphopt.ir.expressions import Affine, BlockMap, Cat, Const, Expr, Index, MatMul, Rows, Source, Sum, Take
+from graphopt.ir.expressions import (
+    Affine,
+    BlockMap,
+    Cat,
+    Const,
+    Expr,
+    Index,
+    MatMul,
+    Rearrange,
+    Rows,
+    Source,
+    Sum,
+    Take,
+)
 
 __all__ = [
     "Affine",
@@ -25,6 +38,7 @@ __all__ = [
     "Index",
     "MatMul",
     "MemorySource",
+    "Rearrange",
     "RowSource",
     "Rows",
     "Source",

@@ -1,12 +1,14 @@
 """Observation: streaming statistics of a program on calibration text."""
 
 from graphopt.observe.run import observe
-from graphopt.observe.taps import Cosine, Gram, Moments, Statistic, Statistics, Tap, Taylor
+from graphopt.observe.taps import Activity, Cosine, Gram, Grouped, Moments, Statistic, Statistics, Tap, Taylor
 from graphopt.observe.text import next_token_loss, perplexity, token_batches
 
 __all__ = [
+    "Activity",
     "Cosine",
     "Gram",
+    "Grouped",
     "Moments",
     "Statistic",
     "Statistics",

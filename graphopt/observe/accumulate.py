@@ -8,7 +8,18 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.diagnostics import PlanError
-from graphopt.observe.taps import Cosine, Gram, Moments, Routing, RowsSeen, Statistic, Tap, Taylor
+from graphopt.observe.taps import (
+    Activity,
+    Cosine,
+    Gram,
+    Grouped,
+    Moments,
+    Routing,
+    RowsSeen,
+    Statistic,
+    Tap,
+    Taylor,
+)
 
 # Tokens whose values a `rows` tap keeps: enough for an error, and 64 MiB in float32 at a width of 4096.
 MOST_ROWS = 4096
@@ -275,6 +286,81 @@ class RowsAccumulator(Accumulator):
         return RowsSeen(self.count, torch.cat(self.held))
 
 
+class ActivityAccumulator(Accumulator):
+    """Sums of products of absolute values with each other and with another node's features."""
+
+    replayed = False
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.count = 0
+        self.sums = [torch.zeros((), dtype=torch.float64) for _ in range(4)]
+
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """Count and sums of one batch."""
+        if other is None:
+            raise PlanError.of("tap_other", f"an activity tap on %{self.tap.node} needs a node to relate it to")
+        a = tokens.features(value, self.tap)[0].to(torch.float64).abs()
+        x = tokens.features(other, self.tap)[0].to(torch.float64)
+        return a.shape[0], [a.sum(0), a.T @ a, x.T @ x, x.T @ a]
+
+    def merge(self, state: Any) -> None:
+        """Add up."""
+        self.count += state[0]
+        self.sums = [mine + theirs for mine, theirs in zip(self.sums, state[1], strict=True)]
+
+    def state(self) -> Any:
+        """The sums so far."""
+        return self.count, self.sums
+
+    def result(self) -> Activity:
+        """Sums and the mean."""
+        total, together, inputs, cross = self.sums
+        return Activity(self.count, total / max(self.count, 1), together, inputs, cross)
+
+
+class GroupedAccumulator(Accumulator):
+    """Sums of absolute values by the number that another node gives each token, or by sample."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(tap)
+        self.found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def partial(self, tokens: Tokens, value: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """The numbers that occur in one batch, with their counts and sums."""
+        rows, sample = tokens.features(value, self.tap)
+        if other is not None:
+            numbers = tokens.features(other.unsqueeze(-1), self.tap)[0][:, 0]
+            unique, place = torch.unique(numbers, return_inverse=True)
+        else:
+            unique, place = torch.arange(tokens.mask.shape[0]), sample
+        sums, counts = _by_sample(rows.to(torch.float64).abs(), place, len(unique))
+        return unique, counts.to(torch.float64), sums
+
+    def merge(self, state: Any) -> None:
+        """Add up by number, or append the batch's samples."""
+        unique, counts, sums = state
+        if self.tap.other is None or not self.found:
+            self.found.append((unique, counts, sums))
+            return
+        before, old_counts, old_sums = self.found[0]
+        both, place = torch.unique(torch.cat([before, unique]), return_inverse=True)
+        total = sums.new_zeros(len(both), sums.shape[1]).index_add_(0, place, torch.cat([old_sums, sums]))
+        many = counts.new_zeros(len(both)).index_add_(0, place, torch.cat([old_counts, counts]))
+        self.found = [(both, many, total)]
+
+    def result(self) -> Grouped:
+        """Counts and sums by number, which begins at 0, or by sample in their order."""
+        if self.tap.other is None:
+            return Grouped(torch.cat([c for _, c, _ in self.found]), torch.cat([s for _, _, s in self.found]))
+        unique, counts, sums = self.found[0]
+        size = int(unique.max()) + 1
+        return Grouped(
+            counts.new_zeros(size).index_copy_(0, unique, counts),
+            sums.new_zeros(size, sums.shape[1]).index_copy_(0, unique, sums),
+        )
+
+
 def _longer(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Sum of two vectors, the shorter of which ends in zeros."""
     total = one.new_zeros(max(len(one), len(other)))
@@ -295,4 +381,6 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     "taylor": TaylorAccumulator,
     "routing": RoutingAccumulator,
     "rows": RowsAccumulator,
+    "activity": ActivityAccumulator,
+    "grouped": GroupedAccumulator,
 }

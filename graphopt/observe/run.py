@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.diagnostics import PlanError, did_you_mean
 from graphopt.ir.program import Program
 from graphopt.ir.reach import ancestors
-from graphopt.ir.run import bind_inputs, specialised
+from graphopt.ir.run import bind_inputs, runnable
 from graphopt.observe.accumulate import ACCUMULATORS, Accumulator, Tokens
 from graphopt.observe.distributed import gathered, mine, world
 from graphopt.observe.stream import Layered, Limits, Visit, compute, cut, stream
@@ -57,7 +57,7 @@ def observe(
     runs = [_bound(program, every[i], device) for i in share]
     limits = limits or Limits()
     watched = {tap: _Watch(ACCUMULATORS[tap.kind](tap), runs, share) for tap in wanted}
-    graph = specialised(program, dtype, device)
+    graph = runnable(program, dtype, device)
     visits = [watch.visit(tap) for tap, watch in watched.items() if tap.kind != "taylor"]
     graded = {tap: watch for tap, watch in watched.items() if tap.kind == "taylor"}
     segments = cut(program, graph, visits, dtype=dtype, views=views, limits=limits) if visits else []
@@ -147,7 +147,8 @@ def _check_nodes(program: Program, taps: Sequence[Tap]) -> None:
         for name in (tap.node, tap.other):
             if name is not None and name not in nodes:
                 raise PlanError.of("unknown_node", f"the graph has no node %{name}", help=did_you_mean(name, nodes))
-        if (tap.kind in ("cosine", "routing")) != (tap.other is not None):
+        pairs = tap.kind in ("cosine", "routing", "activity")
+        if tap.kind != "grouped" and pairs != (tap.other is not None):
             raise PlanError.of("tap_other", f"a {tap.kind} tap on %{tap.node} with other={tap.other!r}")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["moments", "gram", "cosine", "taylor", "routing", "rows"]
+Kind = Literal["moments", "gram", "cosine", "taylor", "routing", "rows", "activity", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Tap:
 
     `layout` says what a feature is: `last` takes the last axis and counts every other position as a token;
     `heads` takes `[B, H, S, D]` as B x S tokens of H * D features. `cosine` compares with the node `other`; `routing`
-    takes a router's choices `[..., k]`, and what each counts from `other`; `rows` keeps the values of the first tokens.
+    takes a router's choices `[..., k]`, and what each counts from `other`; `rows` keeps the values of the first tokens;
+    `activity` relates the absolute value to the features of `other`; `grouped` sums it up by the whole numbers `[B, S]`
+    that `other` holds, or by sample where there is none.
     """
 
     node: str
@@ -85,7 +87,29 @@ class RowsSeen:
     rows: torch.Tensor
 
 
-Statistic = Moments | Gram | Cosine | Taylor | Routing | RowsSeen
+@dataclass(frozen=True)
+class Activity:
+    """Absolute values a `[I]` of one node beside the features x `[d]` of another, over `count` tokens, in float64.
+
+    `mean` `[I]` of a, `together` `[I, I]` = sum of a a^T, `inputs` `[d, d]` = sum of x x^T, `cross` `[d, I]` = sum of x a^T.
+    """
+
+    count: int
+    mean: torch.Tensor
+    together: torch.Tensor
+    inputs: torch.Tensor
+    cross: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Sums of absolute values by group: `counts` `[G]` tokens, `sums` `[G, I]`, G the samples or the largest number seen."""
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+
+
+Statistic = Moments | Gram | Cosine | Taylor | Routing | RowsSeen | Activity | Grouped
 
 
 class Statistics:
@@ -128,6 +152,18 @@ class Statistics:
         """The first values of a node."""
         found = self._found[Tap(node, "rows")]
         assert isinstance(found, RowsSeen)
+        return found
+
+    def activity(self, node: str, other: str) -> Activity:
+        """Activity of a node beside another."""
+        found = self._found[Tap(node, "activity", "last", other)]
+        assert isinstance(found, Activity)
+        return found
+
+    def grouped(self, node: str, other: str | None = None) -> Grouped:
+        """Sums of a node by the numbers of another, or by sample."""
+        found = self._found[Tap(node, "grouped", "last", other)]
+        assert isinstance(found, Grouped)
         return found
 
     def taylor(self, node: str) -> Taylor:

@@ -9,7 +9,7 @@ import torch
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
-from graphopt.ir.run import bind_inputs, specialised
+from graphopt.ir.run import bind_inputs, runnable
 from graphopt.observe.distributed import gathered, mine, world
 from graphopt.observe.stream import Limits, Visit, cut, stream
 
@@ -151,7 +151,7 @@ def _stream_logits(
     limits: Limits,
     act: Callable[[Mapping[str, Any], torch.Tensor], None],
 ) -> None:
-    graph = specialised(program, torch.float32, "cpu")
+    graph = runnable(program, torch.float32, "cpu")
     names = [node.name for node in program.graph.graph.nodes if "input" in node.meta]
     inputs = [dict(zip(names, bind_inputs(program, dict(batch), "cpu"), strict=True)) for batch in batches]
     visit = Visit((program.output_nodes[0].name,), lambda i, values: act(batches[i], values[0]))

@@ -35,6 +35,7 @@ BUILT_IN = {
     "prune_units": "graphopt.passes.width.prune_units:PruneUnits",
     "quantize": "graphopt.passes.weights.quantize:Quantize",
     "recover": "graphopt.passes.training.recover:Recover",
+    "refactor_moe": "graphopt.passes.experts.refactor_moe:RefactorMoE",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",
     "reroute": "graphopt.passes.experts.reroute:Reroute",
     "resize_patches": "graphopt.passes.tokens.resize_patches:ResizePatches",

@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt.ir.program import Program
 from graphopt.ir.purity import eliminate_dead_code
-from graphopt.ir.run import bind_inputs, specialised
+from graphopt.ir.run import bind_inputs, runnable
 
 
 class Forward:
@@ -21,7 +21,7 @@ class Forward:
     ) -> None:
         self.program, self.device = program, device
         self.nodes = tuple(dict.fromkeys(nodes))
-        module = specialised(program, dtype, device)
+        module = runnable(program, dtype, device)
         graph = module.graph
         by_name = {node.name: node for node in graph.nodes}
         output = next(iter(reversed(graph.nodes)))

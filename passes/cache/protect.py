@@ -11,7 +11,7 @@ from torch import fx
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.purity import eliminate_dead_code
-from graphopt.ir.run import bind_inputs, specialised
+from graphopt.ir.run import bind_inputs, runnable
 from graphopt.ops.bounded import grouped
 from graphopt.spec import Percent
 from graphopt.views import Attention
@@ -75,7 +75,7 @@ def probe(program: Program, attentions: Sequence[Attention], tokens: int, repeat
     longest = next((dim.high for dim in program.dims if spec is not None and dim.name in spec.shape[1:]), 0)
     if spec is None or tokens * repeats > longest:
         raise _too_long(tokens, repeats, f"it takes {longest}")
-    module = specialised(program, torch.float32, "cpu")
+    module = runnable(program, torch.float32, "cpu")
     wanted = {node.name: node for node in module.graph.nodes}
     sides = [wanted[side.name] for a in attentions for side in a.core.args[:2]]  # type: ignore[union-attr]
     next(iter(reversed(module.graph.nodes))).args = (tuple(sides),)

@@ -35,8 +35,9 @@ class Recover(Pass):
     effect: ClassVar[Effect] = Effect.APPROXIMATE
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED, Fact.QUANTIZED})
 
-    weights: Literal["all", "changed"] = "all"
-    """whether all parameters that the result reads are trained, or only those that steps changed; `where` narrows both"""
+    weights: Literal["all", "changed", "routers"] = "all"
+    """whether all parameters that the result reads are trained, only those that steps changed, or only the matrices by which
+    experts are chosen; `where` narrows each"""
     loss: Losses = Losses(logits=LogitsLoss())
     """what is minimised"""
     teacher: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$", examples=["original"])] = "original"
@@ -73,6 +74,12 @@ class Recover(Pass):
             chosen = [name for name in chosen if name not in kept]
             if kept:
                 declines.append(Decline("model:unchanged", f"{len(kept)} weights are as they were loaded"))
+        if self.weights == "routers":
+            routers = {bank.router.weight for bank in context.views.experts if bank.router is not None}
+            others = [name for name in chosen if name not in routers]
+            chosen = [name for name in chosen if name in routers]
+            if others:
+                declines.append(Decline("model:others", f"{len(others)} weights are no routers"))
         if self.lora is not None:
             flat = [name for name in chosen if len(program.weights[name].expr.shape) != 2]
             chosen = [name for name in chosen if name not in flat]

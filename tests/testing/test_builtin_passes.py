@@ -36,6 +36,7 @@ PLAIN = {
     "prune_units": {"units": ("query", "neuron"), "keep": "60%", "allocate": {"kind": "global", "tolerance": "50%"}},
     "quantize": {},
     "recover": {},
+    "refactor_moe": {"experts": 2},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},
     "reroute": {"top_k": 1},
     "resize_patches": {"patch": 3},

@@ -1,0 +1,95 @@
+"""Products with chosen matrices of a bank, computed expert by expert: the fast lowering of a gather and a batched product.
+
+A routed graph says bank[index] @ x: one matrix is copied for each row. The same products are made here with the rows of
+each expert together, so that every matrix that is chosen is read once, none is copied, and what nobody chose costs nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Groups(NamedTuple):
+    """Rows in the order of their experts: `order` `[N]`, and (expert, first row, last row + 1) of each one chosen."""
+
+    order: torch.Tensor
+    spans: list[tuple[int, int, int]]
+
+
+def group(index: torch.Tensor, experts: int) -> Groups:
+    """Groups of a choice `[N]` among experts."""
+    counts = torch.bincount(index, minlength=experts).tolist()
+    ends = list(accumulate(counts))
+    spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
+    return Groups(torch.argsort(index, stable=True), spans)
+
+
+def matrix_times_rows(bank: torch.Tensor, groups: Groups, x: torch.Tensor) -> torch.Tensor:
+    """bank[index] @ x for a bank `[E, out, in]` and x `[N, in, 1]`: `[N, out, 1]`."""
+    return _products(bank.mT, groups, x.squeeze(-1)).unsqueeze(-1)
+
+
+def rows_times_matrix(x: torch.Tensor, bank: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """x @ bank[index] for x `[N, 1, in]` and a bank `[E, in, out]`: `[N, 1, out]`."""
+    return _products(bank, groups, x.squeeze(1)).unsqueeze(1)
+
+
+def _products(bank: torch.Tensor, groups: Groups, x: torch.Tensor) -> torch.Tensor:
+    rows = x[groups.order]
+    made = torch.cat([torch.mm(rows[start:end], bank[expert]) for expert, start, end in groups.spans])
+    return torch.empty_like(made).index_copy(0, groups.order, made)
+
+
+def lower_choices(graph: fx.Graph) -> None:
+    """Let batched products with chosen matrices run expert by expert; nodes keep their names and their results.
+
+    Rows are put in order once for each choice, which all products that read it share. Matrices that something else reads,
+    too, and products of more than one column stay as they are.
+    """
+    made: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not aten.bmm.default:
+            continue
+        found = _choice(node)
+        if found is None:
+            continue
+        side, gathered, size = found
+        bank, (index,) = gathered.args
+        key = (index, size)
+        if key not in made:
+            with graph.inserting_before(gathered):
+                made[key] = graph.call_function(group, key)
+        other = node.args[1 - side]
+        node.target = matrix_times_rows if side == 0 else rows_times_matrix
+        node.args = (bank, made[key], other) if side == 0 else (other, bank, made[key])
+        if not gathered.users:
+            graph.erase_node(gathered)
+
+
+def _choice(node: fx.Node) -> tuple[int, fx.Node, int] | None:
+    """The side of a product on which matrices are chosen, the node that chooses them and the size of their bank."""
+    for side in (0, 1):
+        gathered, other = node.args[side], node.args[1 - side]
+        if not isinstance(gathered, fx.Node) or gathered.target is not aten.index.Tensor or len(gathered.users) > 1:
+            continue
+        bank, index = gathered.args[:2]
+        value, column = _value(bank), _value(other)
+        if value is None or column is None or value.dim() != 3 or column.shape[2 if side == 0 else 1] != 1:
+            continue
+        if len(index) != 1 or not isinstance(index[0], fx.Node):  # type: ignore[arg-type,index]
+            continue
+        chosen, size = _value(index[0]), value.shape[0]  # type: ignore[index]
+        if chosen is not None and chosen.dim() == 1 and chosen.dtype == torch.int64 and isinstance(size, int):
+            return side, gathered, size
+    return None
+
+
+def _value(node: Any) -> torch.Tensor | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
