@@ -189,7 +189,7 @@ def page(found: dict[str, Any]) -> str:
             f"Perplexity on held-out text (dense {q['dense']:.3f}), {SAMPLES} sequences of {SEQ} tokens; experts are",
             "not trained. Groups by co-activation except where said. `random`: mean of three seeds, in brackets the best;",
             "`static`: the experts that add most in the mean, for every token; `fitted`: ridge regression on the dense",
-            f"model's activations; `trained`: that, and {RECIPE['steps']} steps of distillation of the routers alone (`recover`",
+            f"model's activations; `trained`: that, and {RECIPE['steps']} steps of distilling the routers alone (`recover`",
             "with `weights: routers`).",
             "",
             "| active of 8 | random | static | fitted, by order | fitted | trained |",

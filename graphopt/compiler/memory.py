@@ -19,12 +19,13 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.compiler.verify import vocabulary_of
 from graphopt.cost.count import dimension_names
 from graphopt.cost.flops import sizes_of
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
 from graphopt.ir.reach import ancestors
-from graphopt.ir.run import specialised
+from graphopt.ir.run import runnable
 from graphopt.observe import Tap
 from graphopt.observe.stream import PIECE, Limits, Segment, Visit, cut
 from graphopt.views import Views
@@ -164,7 +165,7 @@ def _size(count: int) -> str:
 
 def _workload(program: Program, work: Workload, room: int | None, directory: Path | None) -> tuple[Need, Limits | None]:
     streamed = [tap for tap in work.taps if tap.kind != "taylor"]
-    graph = specialised(program, _OBSERVED, "cpu")
+    graph = runnable(program, _OBSERVED, "cpu")
     sizes = {"B": work.batch, "S": work.seq}
     number = _Sizer(program, sizes)
     tokens = work.batch * work.seq
@@ -288,13 +289,25 @@ def _weights(program: Program, segment: Segment, dtype: torch.dtype = _OBSERVED)
 
 def _kept(program: Program, tap: Tap, number: _Sizer) -> int:
     width = _width(program, tap, number)
+    if tap.kind == "activity":
+        return _products(program, tap, number)
+    if tap.kind == "grouped":
+        # By token the groups are as many as the vocabulary has entries at most, by sample few.
+        return width * 8 * (1 if tap.other is None else vocabulary_of(program))
     return width * 8 * (width if tap.kind == "gram" else 6 if tap.kind == "moments" else 1)
+
+
+def _products(program: Program, tap: Tap, number: _Sizer) -> int:
+    """Bytes of the products of two nodes' features, each with itself and with the other."""
+    width, other = _width(program, tap, number), _width(program, Tap(str(tap.other), "moments"), number)
+    return 8 * (width * width + width * other + other * other)
 
 
 def _passing(program: Program, tap: Tap, number: _Sizer, tokens: int) -> int:
     """Copies in float64 that a tap makes of one batch's value."""
     width = _width(program, tap, number)
-    return 3 * 8 * tokens * width + (width * width * 8 if tap.kind == "gram" else 0)
+    held = _products(program, tap, number) if tap.kind == "activity" else 0
+    return 3 * 8 * tokens * width + (width * width * 8 if tap.kind == "gram" else held)
 
 
 def _width(program: Program, tap: Tap, number: _Sizer) -> int:
@@ -335,7 +348,7 @@ def _verifying(program: Program, level: str, room: int | None) -> tuple[Need | N
     fits = whole <= room if room is not None else free is None or whole <= free * 6 // 10
     if fits:
         return Need("verify", whole, whole), None
-    graph = specialised(program, torch.float64, "cpu")
+    graph = runnable(program, torch.float64, "cpu")
     visit = Visit(tuple(node.name for node in program.output_nodes), lambda *_: None)
     limits = Limits(PIECE, None, None, split=True)
     segments = cut(program, graph, [visit], dtype=torch.float64, limits=limits)

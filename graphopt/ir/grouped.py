@@ -16,34 +16,46 @@ aten = torch.ops.aten
 
 
 class Groups(NamedTuple):
-    """Rows in the order of their experts: `order` `[N]`, and (expert, first row, last row + 1) of each one chosen."""
+    """Rows by experts: the choice `[N]`, the rows in its order `[N]`, and (expert, first, last + 1) of each one chosen.
 
+    `spans` is None under a compiler, which sees the gather and the batched product instead: spans depend on the data.
+    """
+
+    index: torch.Tensor
     order: torch.Tensor
-    spans: list[tuple[int, int, int]]
+    spans: list[tuple[int, int, int]] | None
 
 
 def group(index: torch.Tensor, experts: int) -> Groups:
     """Groups of a choice `[N]` among experts."""
+    if torch.compiler.is_compiling():
+        return Groups(index, index, None)
     counts = torch.bincount(index, minlength=experts).tolist()
     ends = list(accumulate(counts))
     spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
-    return Groups(torch.argsort(index, stable=True), spans)
+    return Groups(index, torch.argsort(index, stable=True), spans)
 
 
 def matrix_times_rows(bank: torch.Tensor, groups: Groups, x: torch.Tensor) -> torch.Tensor:
     """bank[index] @ x for a bank `[E, out, in]` and x `[N, in, 1]`: `[N, out, 1]`."""
-    return _products(bank.mT, groups, x.squeeze(-1)).unsqueeze(-1)
+    if groups.spans is None:
+        return torch.bmm(bank[groups.index], x)
+    return _products(bank.mT, groups.order, groups.spans, x.squeeze(-1)).unsqueeze(-1)
 
 
 def rows_times_matrix(x: torch.Tensor, bank: torch.Tensor, groups: Groups) -> torch.Tensor:
     """x @ bank[index] for x `[N, 1, in]` and a bank `[E, in, out]`: `[N, 1, out]`."""
-    return _products(bank, groups, x.squeeze(1)).unsqueeze(1)
+    if groups.spans is None:
+        return torch.bmm(x, bank[groups.index])
+    return _products(bank, groups.order, groups.spans, x.squeeze(1)).unsqueeze(1)
 
 
-def _products(bank: torch.Tensor, groups: Groups, x: torch.Tensor) -> torch.Tensor:
-    rows = x[groups.order]
-    made = torch.cat([torch.mm(rows[start:end], bank[expert]) for expert, start, end in groups.spans])
-    return torch.empty_like(made).index_copy(0, groups.order, made)
+def _products(
+    bank: torch.Tensor, order: torch.Tensor, spans: list[tuple[int, int, int]], x: torch.Tensor
+) -> torch.Tensor:
+    rows = x[order]
+    made = torch.cat([torch.mm(rows[start:end], bank[expert]) for expert, start, end in spans])
+    return torch.empty_like(made).index_copy(0, order, made)
 
 
 def lower_choices(graph: fx.Graph) -> None:

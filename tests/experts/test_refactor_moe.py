@@ -111,6 +111,7 @@ def test_grouped_products_are_gathered_ones() -> None:
     bank, index = torch.randn(5, 7, 3, dtype=torch.float64), torch.tensor([4, 0, 0, 2, 4, 4])
     column, row = torch.randn(6, 3, 1, dtype=torch.float64), torch.randn(6, 1, 7, dtype=torch.float64)
     groups = group(index, 5)
+    assert groups.spans is not None
     assert [expert for expert, _, _ in groups.spans] == [0, 2, 4]
     torch.testing.assert_close(matrix_times_rows(bank, groups, column), bank[index] @ column)
     torch.testing.assert_close(rows_times_matrix(row, bank, groups), row @ bank[index])
