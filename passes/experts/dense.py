@@ -161,8 +161,7 @@ def _rows_of(node: fx.Node, rows: Any) -> Any:
             start += value.shape[-1]
         return pieces
     if packet is aten.slice and (node.args[1] if len(node.args) > 1 else 0) % rank == rank - 1:  # type: ignore[operator]
-        start, end, step = (node.args[i] if len(node.args) > i else None for i in (2, 3, 4))
-        return rows[slice(start, end, step)]
+        return rows[slice(*(node.args[i] if len(node.args) > i else None for i in (2, 3, 4)))]
     return None
 
 
