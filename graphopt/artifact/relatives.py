@@ -118,7 +118,16 @@ def _one_layer(program: Program, raw: Mapping[str, Any]) -> Program | None:
         config = AutoConfig.for_model(**{**values, "num_hidden_layers": 1})
         return capture_config(config, dtype=program.dtype, dims=program.dims)
     # A class that cannot be built with these sizes does not say the program.
-    except (GraphoptError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, AssertionError):
+    except (
+        GraphoptError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ):
         return None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("transformers", "huggingface_hub"):
