@@ -118,12 +118,13 @@ def test_grouped_products_are_gathered_ones() -> None:
 
 
 def test_a_refactored_llama_is_a_stock_mixtral(tmp_path: Path) -> None:
-    made = refactored(program("llama"), experts=4, router="random", choose={"kind": "top", "k": 2})
+    # Rows of an expert's matrices are a multiple of 16 bytes, as transformers' grouped product wants them.
+    made = refactored(program("llama"), experts=7, router="random", choose={"kind": "top", "k": 2})
     report = save(made, tmp_path / "out", format="transformers")
     assert report.format == "transformers"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(model).__name__ == "MixtralForCausalLM"
-    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (7, 2)
     ids = tokens(2, 9)
     expected = made.module(torch.float32)(input_ids=ids)[0]
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
