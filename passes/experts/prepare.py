@@ -42,8 +42,8 @@ class Prepared:
             kept = ceil(how.keep.of(neurons))
             by_domain = _grouped(context.statistics, dense, None)
             shared, groups = partition.masked(partition.domains(by_domain, experts), kept)
-            if not any(groups):
-                raise Unfit(f"all {experts} domains keep the same {kept} of {neurons} neurons")
+            if max(map(len, groups)) < 2:
+                raise Unfit(f"{experts} domains keep {len(shared)} of the same {kept} of {neurons} neurons")
             return Prepared(groups, shared, norms)
         shared = ()
         if share is not None:
@@ -51,8 +51,8 @@ class Prepared:
             order = torch.argsort(weight, descending=True, stable=True)
             shared = tuple(sorted(order[: int(share.of(neurons))].tolist()))
         rest = [neuron for neuron in range(neurons) if neuron not in set(shared)]
-        if len(rest) < experts:
-            raise Unfit(f"it has {len(rest)} neurons to share out, fewer than {experts} experts")
+        if len(rest) < 2 * experts:
+            raise Unfit(f"it has {len(rest)} neurons to share out, fewer than two for each of {experts} experts")
         if isinstance(how, KMeans):
             similar = partition.alike(activity(context.statistics, dense), how.alike == "correlation")
             return Prepared(partition.clustered(similar, rest, experts, how.seed), shared, norms)

@@ -198,9 +198,9 @@ def test_what_cannot_be_is_refused_in_words(options: dict[str, Any], code: str) 
 
 
 def test_what_is_no_sum_over_neurons_is_declined() -> None:
-    narrow = build(Shape(layers=2, heads=2, kv_heads=2, head_dim=4, hidden=8, neurons=3))
+    narrow = build(Shape(layers=2, heads=2, kv_heads=2, head_dim=4, hidden=8, neurons=7))
     plan = trial(config(experts=4), narrow).plan
     assert not plan.edits
-    assert all("fewer than 4 experts" in decline.reason for decline in plan.declines)
+    assert all("fewer than two" in decline.reason for decline in plan.declines)
     again = trial(config(experts=2), refactored(narrow, experts=3)).plan
     assert all("already" in decline.reason for decline in again.declines)
