@@ -7,6 +7,7 @@ promise. Comparisons are in float64, where surgery and emulation differ by the o
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -376,16 +377,15 @@ def _cached_flops(
 
 
 def _held_flops(q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
-    both = [
-        torch.empty(*new.shape[:2], new.shape[2] + old.shape[2], new.shape[3]) for new, old in ((k, keys), (v, values))
-    ]
+    # What the counter hands over are sizes.
+    both = [(*new[:2], new[2] + old[2], new[3]) for new, old in ((k, keys), (v, values))]
     whole = int(sdpa_flop_count(q, *both))
     known = rest[3] is not None
-    return whole * v.shape[3] // (q.shape[3] + v.shape[3]) if known else whole
+    return whole * v[3] // (q[3] + v[3]) if known else whole
 
 
 def _weight_flops(q: Any, k: Any, keys: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
-    return int(2 * q.numel() * (k.shape[2] + keys.shape[2]))
+    return int(2 * math.prod(q) * (k[2] + keys[2]))
 
 
 def _received_flops(q: Any, k: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
