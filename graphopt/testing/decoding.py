@@ -11,6 +11,7 @@ from graphopt.passes.cache.insert_cache import InsertCache
 from graphopt.passkit import Context
 from graphopt.passkit.edits import apply_edits
 from graphopt.runtime.decoder import Decoder
+from graphopt.runtime.held import held_of
 from graphopt.testing.trial import LawBroken
 from graphopt.views import Views
 
@@ -45,8 +46,11 @@ def compare(cached: Program, plain: Program, bound: float) -> None:
     roles = {spec.name: spec.role for spec in plain.entry.inputs}
     name = next(key for key in drawn if roles[key] == "tokens")
     context = {key: value for key, value in drawn.items() if roles[key] == "values"}
-    # Draft heads that read the tokens to come are the drafter's affair: it runs them by themselves.
-    decoder = Decoder(extract(cached, cached.entry.outputs[:1]), torch.float64)
+    # Draft heads that read the tokens to come are the drafter's affair: it runs them by themselves. What bounded heads
+    # take in is the cache's.
+    first, *rest = cached.entry.outputs
+    taken = tuple(f"{held.stem}_new_" for held in held_of(cached))
+    decoder = Decoder(extract(cached, [first, *(name for name in rest if name.startswith(taken))]), torch.float64)
     whole = plain.module(torch.float64)
     cache = decoder.cache(batch, longest + STEPS, **context)
     rows = [drawn[name][row, :length] for row, length in enumerate(PROMPTS)]
