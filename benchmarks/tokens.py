@@ -1,0 +1,405 @@
+"""Accuracy with fewer tokens on the shipped vision models: benchmarks/results/tokens.json and docs/tokens.md.
+
+The classifier of digits keeps some of its patches from its second layer on, chosen by each score. The vision-language
+model keeps some of its picture tokens in the stages of three published specs, and in the same stages by chance. Costs are
+those that the programs count; times are medians of whole runs on one thread. Run it once for the accuracies and, on a
+machine that does nothing else, with `--times` for the times; `--page` writes the page from what is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import graphopt
+from graphopt.cost import cost
+from graphopt.ir.program import Program
+from graphopt.passkit import Context, PassRegistry
+from graphopt.passkit.edits import apply_edits
+from graphopt.spec import parse_spec
+from graphopt.views import Views
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "benchmarks" / "results" / "tokens.json"
+PAGE = ROOT / "docs" / "tokens.md"
+SHARES = (0.75, 0.5, 0.25)
+SEEDS, ANSWER_SEEDS = range(5), range(3)
+STAGE = 2
+CHANCE = "by chance"
+SCORES: dict[str, dict[str, Any]] = {
+    "attention from the class token": {"score": {"kind": "attention", "of": "class"}},
+    "the same of the next layer": {"score": {"kind": "attention", "of": "class", "at": "next"}},
+    "attention from all tokens": {"score": {"kind": "attention", "of": "all"}},
+    "similarity to the class token": {"score": "similarity"},
+    "norm": {"score": "norm"},
+    "attention from the class token, merged": {
+        "score": {"kind": "attention", "of": "class"},
+        "action": "merge",
+    },
+}
+ANSWER_SCORES: dict[str, dict[str, Any]] = {
+    "attention from the last token, next layer": {"kind": "attention", "of": "last", "at": "next"},
+    "attention from the last token": {"kind": "attention", "of": "last"},
+    "attention from the text": {"kind": "attention", "of": "text"},
+    "similarity to the text": {"kind": "similarity"},
+    "norm": {"kind": "norm"},
+}
+METHODS = ("pyramiddrop", "mustdrop", "dynamic_llava")
+PICTURES, QUESTIONS, PROMPT = 60, 240, 72
+sys.path.insert(0, str(EXAMPLES))
+
+
+def percent(share: float) -> str:
+    """A share as a spec writes it."""
+    return f"{100 * share:.6g}%"
+
+
+def applied(program: Program, steps: list[dict[str, Any]], calibration: dict[str, Any] | None = None) -> Program:
+    """The program after some steps, not verified: tests verify the passes in full."""
+    spec = {"graphopt": 1, "steps": steps, **({"calibration": calibration} if calibration else {})}
+    loaded = parse_spec(yaml.safe_dump(spec), registry=PassRegistry(), file="tokens.yaml")
+    if calibration:
+        return graphopt.compile(program, loaded, verify="off")
+    for step in loaded.steps:
+        views = Views(program)
+        plan = step.config.plan(Context(views, tuple(range(len(views.blocks)))))
+        if not plan.edits:
+            raise ValueError(f"{step.use} declines: {plan.declines}")
+        program = apply_edits(program, views, plan.edits, step.id)
+    return program
+
+
+def seconds(program: Program, inputs: dict[str, torch.Tensor], repeats: int = 9) -> float:
+    """Median time of a run, the first two left out."""
+    run, found = program.module(torch.float32), []
+    with torch.no_grad():
+        for _ in range(repeats + 2):
+            started = time.perf_counter()
+            run(**inputs)
+            found.append(time.perf_counter() - started)
+    return statistics.median(found[2:])
+
+
+def digit_programs() -> Iterator[tuple[str, float, Program]]:
+    """The classifier whole and with a share of its patches from the second layer on, by score."""
+    program = graphopt.capture(EXAMPLES / "tiny_vit")
+    yield "all patches", 1.0, program
+    step = {"use": "drop_tokens", "span": "patches", "layers": 1}
+    chance = {f"{CHANCE} {seed}": {"score": {"kind": "random", "seed": seed}} for seed in SEEDS}
+    pairs = {"use": "merge_tokens", "span": "patches", "layers": 1, "by": "pairs"}
+    for share in SHARES:
+        for name, options in {**SCORES, **chance}.items():
+            yield name, share, applied(program, [{**step, "keep": percent(share), **options}])
+        yield "pairs merged (ToMe)", share, applied(program, [{**pairs, "keep": percent(share)}])
+    for patch in (8, 2):
+        yield f"patches of {patch} pixels", 1.0, applied(program, [{"use": "resize_patches", "patch": patch}])
+
+
+def digits(times: bool) -> list[dict[str, Any]]:
+    """Accuracy on the held-out digits, or the time of a batch of them, with FLOPs a picture."""
+    from train_tiny_vit import load_heldout
+
+    pictures, labels = load_heldout(EXAMPLES / "tiny_vit")
+    rows = []
+    for name, share, program in digit_programs():
+        row: dict[str, Any] = {"score": name, "keep": share}
+        if times:
+            row["seconds"] = seconds(program, {"pixel_values": pictures[:PICTURES]})
+        else:
+            with torch.no_grad():
+                best = program.module(torch.float32)(pixel_values=pictures)[0].argmax(-1)
+            row["accuracy"] = (best == labels).float().mean().item()
+            row["flops"] = int(cost(program).at(B=1)["flops"])
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def method_steps(name: str, share: float, seed: int | None) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The steps of a spec with another share a stage of the decoder, chosen by chance when there is a seed; its data."""
+    file = ROOT / "specs" / "methods" / f"{name}.yaml"
+    spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+    steps = spec["steps"]
+    for step in steps:
+        if step["use"] == "drop_tokens":
+            stages = len(step["keep"]) if isinstance(step["keep"], list) else 0
+            step["keep"] = [percent(share**i) for i in range(1, stages + 1)] if stages else percent(share)
+            if seed is not None:
+                step["score"] = {"kind": "random", "seed": seed}
+                step.pop("recipe", None)
+    for step in steps:
+        if "recipe" in step:
+            # PyYAML reads 2e-3 as a word.
+            step["recipe"]["rate"] = float(step["recipe"]["rate"])
+    if not any("recipe" in step for step in steps):
+        return steps, None
+    data = spec["calibration"]
+    return steps, {**data, "data": str((file.parent / data["data"]).resolve())}
+
+
+def method_programs(program: Program) -> Iterator[tuple[str, str, float, Program]]:
+    """The vision-language model after each method at each share: method, choice, share, program."""
+    for method in METHODS:
+        for share in SHARES:
+            for seed in (None, *ANSWER_SEEDS):
+                steps, data = method_steps(method, share, seed)
+                choice = "its own" if seed is None else f"{CHANCE} {seed}"
+                yield method, choice, share, applied(program, steps, data)
+
+
+def stage_programs(program: Program) -> Iterator[tuple[str, str, float, Program]]:
+    """The vision-language model with one stage, chosen by each score."""
+    chance = {f"{CHANCE} {seed}": {"kind": "random", "seed": seed} for seed in ANSWER_SEEDS}
+    for share in SHARES:
+        for name, score in {**ANSWER_SCORES, **chance}.items():
+            step = {"use": "drop_tokens", "span": "image", "layers": STAGE, "keep": percent(share), "score": score}
+            yield "one stage", name, share, applied(program, [step])
+
+
+def cases(questions: list[Any]) -> dict[int, list[tuple[int, list[int], int]]]:
+    """For each word of each answer its question's number, the tokens in front of it and itself, by length.
+
+    A greedy answer is right when every word is the likeliest behind the right ones before it.
+    """
+    from tiny_vlm_data import END, encode, prompt
+
+    found = defaultdict(list)
+    for number, question in enumerate(questions):
+        answer = [*encode(question.answer), *encode(END)]
+        for place, token in enumerate(answer):
+            ids = prompt(question.text) + answer[:place]
+            found[len(ids)].append((number, ids, token))
+    return found
+
+
+def right_answers(program: Program, pictures: torch.Tensor, questions: list[Any]) -> float:
+    """Share of questions whose whole greedy answer is right; tokens are chosen anew for every word."""
+    run = program.module(torch.float32)
+    right = torch.ones(len(questions), dtype=torch.bool)
+    with torch.no_grad():
+        for group in cases(questions).values():
+            for first in range(0, len(group), 64):
+                numbers, ids, tokens = (list(column) for column in zip(*group[first : first + 64], strict=True))
+                logits = run(input_ids=torch.tensor(ids), pixel_values=pictures[numbers])[0][:, -1]
+                wrong = logits.argmax(-1) != torch.tensor(tokens)
+                right[torch.tensor(numbers)[wrong]] = False
+    return right.float().mean().item()
+
+
+def answers(times: bool, made: Callable[[Program], Iterable[tuple[str, str, float, Program]]]) -> list[dict[str, Any]]:
+    """Accuracy on held-out questions, or the time of a batch of prompts, with FLOPs and KV bytes of one prompt."""
+    from tiny_vlm_data import heldout, prompt
+
+    pictures, questions = heldout(QUESTIONS)
+    ids = torch.tensor([prompt(questions[0].text)] * 16)
+    whole = graphopt.capture(EXAMPLES / "tiny_vlm")
+    rows = []
+    for method, choice, share, program in chain([("all tokens", "", 1.0, whole)], made(whole)):
+        row: dict[str, Any] = {"method": method, "choice": choice, "keep": share}
+        if times:
+            row["seconds"] = seconds(program, {"input_ids": ids, "pixel_values": pictures[:16]})
+        else:
+            row["accuracy"] = right_answers(program, pictures, questions)
+            found = cost(program).at(B=1, S=PROMPT, I=1)
+            row |= {"flops": int(found["flops"]), "kv_bytes": int(found["kv_bytes"])}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New figures beside those that are stored for the same case."""
+    names = ("score", "method", "choice", "keep")
+    rows = {tuple(row.get(name) for name in names): dict(row) for row in old}
+    for row in new:
+        rows.setdefault(tuple(row.get(name) for name in names), {}).update(row)
+    return list(rows.values())
+
+
+def without_chance(rows: list[dict[str, Any]], names: tuple[str, ...], of: str) -> list[dict[str, Any]]:
+    """The rows with one for all seeds: means, and the lowest and highest accuracy."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        name = CHANCE if row[of].startswith(CHANCE) else row[of]
+        found[(*(row.get(each) for each in names), name)].append({**row, of: name})
+    result = []
+    for group in found.values():
+        figures = [key for key in group[0] if isinstance(group[0][key], float | int)]
+        row = {**group[0], **{key: sum(each[key] for each in group) / len(group) for key in figures}}
+        row["spread"] = (min(each["accuracy"] for each in group), max(each["accuracy"] for each in group))
+        result.append(row)
+    return result
+
+
+def accuracy_cell(row: dict[str, Any] | None) -> str:
+    """Accuracy, with the range over seeds where there are several."""
+    if row is None:
+        return ""
+    low, high = row["spread"]
+    several = f" ({100 * low:.1f} to {100 * high:.1f})" if low != high else ""
+    return f"{100 * row['accuracy']:.1f}%{several}"
+
+
+def time_cell(row: dict[str, Any] | None, whole: dict[str, Any]) -> str:
+    """Time of a batch against that of the whole model."""
+    return f"{row['seconds'] / whole['seconds']:.2f}" if row and "seconds" in row and "seconds" in whole else "-"
+
+
+def digit_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a score, accuracies and times at each share."""
+    rows = without_chance(rows, ("keep",), "score")
+    by = {(row["score"], row["keep"]): row for row in rows}
+    whole = by["all patches", 1.0]
+    lines = ["| chosen by | 75% | 50% | 25% | time at 75% | 50% | 25% |", "|---|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["score"] for row in rows if row["keep"] < 1):
+        at = [by.get((name, share)) for share in SHARES]
+        lines.append(
+            f"| {name} | {' | '.join(map(accuracy_cell, at))} | {' | '.join(time_cell(row, whole) for row in at)} |"
+        )
+    by_share = [by["norm", share]["flops"] / whole["flops"] for share in SHARES]
+    lines += [
+        "",
+        f"FLOPs of a picture, chosen by norm: {', '.join(f'{100 * part:.0f}%' for part in by_share)} of the whole model's.",
+    ]
+    return lines
+
+
+def patch_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Patches of other sizes, untrained."""
+    whole = next(row for row in rows if row["score"] == "all patches")
+    lines = ["| patches | accuracy | FLOPs | time |", "|---|---|---|---|"]
+    for row in rows:
+        if row["keep"] == 1:
+            name = "4 pixels, as trained" if row is whole else row["score"].removeprefix("patches of ")
+            part = row["flops"] / whole["flops"]
+            lines.append(f"| {name} | {100 * row['accuracy']:.1f}% | {part:.2f} | {time_cell(row, whole)} |")
+    return lines
+
+
+def answer_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a method and share."""
+    rows = without_chance(rows, ("method", "keep"), "choice")
+    by = {(row["method"], row["choice"], row["keep"]): row for row in rows}
+    whole = by["all tokens", "", 1.0]
+    lines = [
+        "| method | share a stage | accuracy | the same stages by chance | FLOPs | KV bytes | time |",
+        "|---|---|---|---|---|---|---|",
+        f"| all tokens | | {accuracy_cell(whole)} | | 1.00 | 1.00 | 1.00 |",
+    ]
+    for method in METHODS:
+        for share in SHARES:
+            row, chance = by[method, "its own", share], by[method, CHANCE, share]
+            flops, kv = (row[key] / whole[key] for key in ("flops", "kv_bytes"))
+            cells = (percent(share), accuracy_cell(row), accuracy_cell(chance), f"{flops:.2f}", f"{kv:.2f}")
+            lines.append(f"| {method} | {' | '.join(cells)} | {time_cell(row, whole)} |")
+    return lines
+
+
+def stage_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a score, accuracies at each share."""
+    rows = without_chance(rows, ("method", "keep"), "choice")
+    by = {(row["choice"], row["keep"]): row for row in rows}
+    lines = ["| chosen by | 75% | 50% | 25% |", "|---|---|---|---|"]
+    for name in (*ANSWER_SCORES, CHANCE):
+        lines.append(f"| {name} | {' | '.join(accuracy_cell(by.get((name, share))) for share in SHARES)} |")
+    return lines
+
+
+def page(stored: dict[str, Any]) -> str:
+    """The page in Markdown, of the sections that are stored."""
+    lines = [
+        "# Fewer tokens",
+        "",
+        "Written by `python benchmarks/tokens.py --page` from benchmarks/results/tokens.json. Passes:",
+        "[drop_tokens](passes/drop_tokens.md), [merge_tokens](passes/merge_tokens.md) and",
+        "[resize_patches](passes/resize_patches.md). Nothing was trained after the change, but for the predictor of",
+        "dynamic_llava. Times (`--times`) are of the eager program on one CPU thread, against the whole model's; - is not",
+        "measured.",
+        "",
+    ]
+    digit_rows, answer_rows, stage_rows = stored["digits"], stored["answers"], stored["stages"]
+    if digit_rows:
+        whole = next(row for row in digit_rows if row["score"] == "all patches")
+        lines += [
+            "## Digits",
+            "",
+            "The classifier in examples/tiny_vit keeps a share of its 64 patches from the second of its four layers on. All",
+            f"patches: {100 * whole['accuracy']:.1f}% of 360 held-out digits. By chance: mean and range of five",
+            "draws, each of the same places in all pictures.",
+            "",
+            *digit_table(digit_rows),
+            "",
+            "## Patches of another size",
+            "",
+            "`resize_patches` on the same pictures, kernels by pseudo-inverse, without training.",
+            "",
+            *patch_table(digit_rows),
+            "",
+        ]
+    if answer_rows:
+        lines += [
+            "## Questions about pictures",
+            "",
+            f"The model in examples/tiny_vlm, {QUESTIONS} held-out questions, whole answers right word by word. In each of",
+            "their decoder stages pyramiddrop and mustdrop keep the share of what the stage before left (mustdrop merges the",
+            "encoder's patches to 75% besides); dynamic_llava keeps it once. FLOPs and KV bytes are of one prompt of",
+            f"{PROMPT} tokens with one picture, against the whole model's.",
+            "",
+            *answer_table(answer_rows),
+            "",
+        ]
+    if stage_rows:
+        lines += [
+            "## One stage",
+            "",
+            f"The same questions with one stage of drop_tokens in front of layer {STAGE} of 0 to 5, by score.",
+            "",
+            *stage_table(stage_rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, measure what is asked for, store it and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("digits", "answers", "stages"))
+    parser.add_argument("--times", action="store_true", help="measure times instead of accuracies")
+    parser.add_argument("--page", action="store_true", help="write the page from what is stored, measure nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measures: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
+        "digits": digits,
+        "answers": lambda times: answers(times, method_programs),
+        "stages": lambda times: answers(times, stage_programs),
+    }
+    for name in () if options.page else measures:
+        if options.only in (None, name):
+            rows = measures[name](options.times)
+            stored = read_results()
+            stored[name] = merged(stored[name], rows)
+            RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    if any(read_results().values()):
+        PAGE.write_text(page(read_results()), encoding="utf-8")
+
+
+def read_results() -> dict[str, list[dict[str, Any]]]:
+    """What is stored, by section."""
+    empty: dict[str, list[dict[str, Any]]] = {"digits": [], "answers": [], "stages": []}
+    return {**empty, **(json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {})}
+
+
+if __name__ == "__main__":
+    main()
