@@ -75,8 +75,6 @@ def follow(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
     raise Lost(node, "has no rule")
 
 
-# -- sizes --------------------------------------------------------------------------------------------------------------
-
 _PRIMES: dict[str, int] = {}
 
 
@@ -129,9 +127,6 @@ def given(node: fx.Node, name: str, default: Any = None) -> Any:
                 return node.kwargs[name]
             return argument.default_value if argument.has_default_value() else default
     return default
-
-
-# -- rules --------------------------------------------------------------------------------------------------------------
 
 
 def _aligned(node: fx.Node, known: Mapping[fx.Node, At | None], operands: list[fx.Node], out: int) -> Step:
@@ -216,6 +211,54 @@ def _cat(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
     return step
 
 
+def _along(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
+    """Ops that move entries along another axis, by indices of the same rank."""
+    dim = given(node, "dim", -1)
+    operands = list(tensors(node))
+    step = _aligned(node, known, operands, rank(operands[0]))
+    assert step.at is not None
+    if step.at.axis == dim % rank(operands[0]):
+        raise Lost(node, "runs along the axis")
+    return step
+
+
+def _einsum(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    left, _, right = equation.partition("->")
+    words = left.split(",")
+    places = {
+        (words[i][at.axis], at.whole)
+        for i, operand in enumerate(operands)
+        if "." not in words[i] and (at := known.get(operand)) is not None
+    }
+    if "." in equation or len(places) != 1 or not (place := next(iter(places)))[1] or place[0] not in right:
+        raise Lost(node, "sums over the axis")
+    letter = place[0]
+    others = [word for word, operand in zip(words, operands, strict=True) if known.get(operand) is None]
+    if any(letter in word for word in others):
+        raise Lost(node, "joins the axis with another tensor")
+    return Step(At(right.index(letter)))
+
+
+def _repeated(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
+    """Each entry so many times in a row."""
+    at, count = _first(node, known), node.args[1]
+    if not isinstance(count, int) or len(node.args) < 3:
+        raise Lost(node, "repeats entries a computed number of times")
+    if node.args[2] % rank(node) != at.axis:  # type: ignore[operator]
+        return Step(at)
+    return Step(At(at.axis, at.outer, at.inner * count))
+
+
+def _picked(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
+    """Rows of a table, one for each entry: the index alone follows the axis."""
+    table, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    at = known.get(indices[0]) if len(indices) == 1 else None
+    if at is None or known.get(table) is not None:  # type: ignore[arg-type]
+        raise Lost(node, "picks entries of the axis")
+    return Step(at)
+
+
 def _stack(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
     pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
     dim = given(node, "dim", 0) % rank(node)
@@ -237,10 +280,6 @@ def _unbind(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
     if dim == at.axis:
         raise Lost(node, "takes the axis apart")
     return Step(_moved(at, at.axis - (dim < at.axis)))
-
-
-def _getitem(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
-    return Step(_first(node, known))
 
 
 def _slice(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
@@ -361,12 +400,12 @@ def _attention(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
         return Step(at if known.get(q) is not None else None, event="attention")  # type: ignore[arg-type]
     if at.axis != 0:  # type: ignore[union-attr]
         raise Lost(node, "runs along the axis")
-    meets = [(s, 0) for s in (q, k, v, mask) if isinstance(s, fx.Node) and known.get(s) is None and _wide(s, 0)]
+    meets = [
+        (s, 0)
+        for s in (q, k, v, mask)
+        if isinstance(s, fx.Node) and known.get(s) is None and s.meta["val"].shape[0] != 1
+    ]
     return Step(at, meets)
-
-
-def _wide(node: fx.Node, axis: int) -> bool:
-    return bool(node.meta["val"].shape[axis] != 1)
 
 
 def _convolution(node: fx.Node, known: Mapping[fx.Node, At | None]) -> Step:
@@ -416,12 +455,19 @@ _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, At | None]], Step]] = {
     aten.matmul: _matmul,
     aten.bmm: _matmul,
     aten.cat: _cat,
+    aten.einsum: _einsum,
+    aten.gather: _along,
+    aten.index: _picked,
+    aten.repeat_interleave: _repeated,
+    aten.scatter: _along,
+    aten.sort: _along,
+    aten.topk: _along,
     aten.stack: _stack,
     aten.split: _split,
     aten.split_with_sizes: _split,
     aten.chunk: _split,
     aten.unbind: _unbind,
-    operator.getitem: _getitem,
+    operator.getitem: lambda node, known: Step(_first(node, known)),
     aten.slice: _slice,
     aten.select: _select,
     aten.mean: _reduce,

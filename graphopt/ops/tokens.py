@@ -17,7 +17,8 @@ def _top_tokens(score: torch.Tensor, span: torch.Tensor, keep: torch.Tensor) -> 
 
     Of equal scores the earlier token stays.
     """
-    wide = score.to(torch.promote_types(score.dtype, torch.float32))
+    # Ranks are those of float32: what differs by the order of sums alone is equal.
+    wide = score.to(torch.float32)
     order = wide.masked_fill(~span, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     rank = torch.zeros_like(order).scatter(-1, order, places)
@@ -74,7 +75,7 @@ def _merge_tokens(x: torch.Tensor, target: torch.Tensor, gone: torch.Tensor) -> 
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit = torch.nn.functional.normalize(wide, dim=-1)
-    alike = torch.matmul(unit, unit.transpose(-1, -2)).masked_fill(~target[:, None], -torch.inf)
+    alike = torch.matmul(unit, unit.transpose(-1, -2)).to(torch.float32).masked_fill(~target[:, None], -torch.inf)
     chosen = alike.argmax(-1)
     moved = (gone & target.any(-1, keepdim=True)).to(wide.dtype)
     total = wide.scatter_add(1, chosen[..., None].expand_as(wide), wide * moved[..., None])

@@ -36,7 +36,9 @@ class InsertExit(Pass):
 
     name: ClassVar[str] = "insert_exit"
     effect: ClassVar[Effect] = Effect.UNTRAINED
-    forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED, Fact.QUANTIZED, Fact.SPECULATIVE})
+    forbids: ClassVar[frozenset[Fact]] = frozenset(
+        {Fact.LOWERED, Fact.KV_CACHED, Fact.QUANTIZED, Fact.SPECULATIVE, Fact.TOKENS_DROPPED}
+    )
     adds: ClassVar[frozenset[Fact]] = frozenset({Fact.SPECULATIVE})
     trains: ClassVar[bool] = True
 

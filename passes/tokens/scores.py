@@ -73,21 +73,25 @@ def _attention(walk: Walk, stage: Stage, score: Attention, x: fx.Node, span: fx.
     original = walk.masks.get(core, core.args[3])
     if window is not None:
         raise Lost(core, "has a window, so that the attention received does not compare all tokens")
-    q, k, mask = _ahead(walk, x, core) if score.at == "next" else (core.args[0], core.args[1], core.args[3])
-    if score.of in ("all", "text"):
-        rows = real if score.of == "all" else _others(walk, span, real)
-        return walk.call(ops.received_attention.default, q, k, mask, rows, scale, causal, softcap)
+    row = None
     if score.of == "class":
         row = walk.call(aten.zeros_like.default, walk.call(aten.slice.Tensor, span, 1, 0, 1), dtype=torch.int64)
-    else:
+    elif score.of == "last":
         row = walk.last_place()
-    query = walk.call(ops.take_tokens.default, q, row, 2)
+    q, k, mask = core.args[0], core.args[1], core.args[3]
+    if score.at == "next":
+        q, k, mask = _ahead(walk, x, core, row)
+    elif row is not None:
+        q = walk.call(ops.take_tokens.default, q, row, 2)
+    if row is None:
+        rows = real if score.of == "all" else _others(walk, span, real)
+        return walk.call(ops.received_attention.default, q, k, mask, rows, scale, causal, softcap)
     seen = real
     if isinstance(original, fx.Node) and rank(original) == 4:
         value = original.meta["val"]
         one = mask if value.shape[2] == 1 else walk.call(ops.take_tokens.default, mask, row, 2)
         seen = walk.hiding(one, value.dtype, real)
-    return walk.call(ops.received_attention.default, query, k, seen, None, scale, False, softcap)
+    return walk.call(ops.received_attention.default, q, k, seen, None, scale, False, softcap)
 
 
 def core_of(walk: Walk, stage: Stage, score: Attention) -> fx.Node:
@@ -103,53 +107,71 @@ def core_of(walk: Walk, stage: Stage, score: Attention) -> fx.Node:
     return found
 
 
-def _ahead(walk: Walk, x: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
-    """Queries, keys and mask of the next attention for the tokens in front of the stage: what leads to them, once more."""
+def _ahead(walk: Walk, x: fx.Node, core: fx.Node, row: fx.Node | None) -> tuple[fx.Node, fx.Node, Any]:
+    """Queries, keys and mask of the next attention for the tokens in front of the stage: what leads to them, once more.
+
+    With `row` `[B, 1]` there is one query a row.
+    """
     point, level = next(p for p, s in walk.points.items() if s is walk.now_at), walk.count
-    wanted = _between(walk, point, [core.args[0], core.args[1]])
-    known: dict[fx.Node, At | None] = {point: At(1)}
-    copies: dict[fx.Node, fx.Node] = {point: x}
+    shared: dict[fx.Node, fx.Node] = {}
 
     def plain(node: fx.Node) -> fx.Node:
         """A node that no token reaches: itself, or a copy where it stands behind the stage."""
         if walk.order.get(node, 0) <= walk.order[point] or node.op != "call_function":
             return node
-        if node not in copies:
+        if node not in shared:
             args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
-            copies[node] = walk.call(node.target, *args, **kwargs)
-            copies[node].meta["val"] = node.meta["val"]
-        return copies[node]
+            shared[node] = walk.call(node.target, *args, **kwargs)
+            shared[node].meta["val"] = node.meta["val"]
+        return shared[node]
 
-    for node in walk.nodes:
-        if node not in wanted:
-            continue
-        step = follow(node, known)
-        known[node] = step.at
-        sides = {operand: walk.level_side(plain(operand), axis, level, rank(node)) for operand, axis in step.meets}
-        length = walk.length(level) if level else None
-        args = step.sizes(length) if step.sizes is not None and length is not None else node.args
+    def again(end: fx.Node, start: fx.Node, row: fx.Node | None) -> fx.Node:
+        """What leads from the stream to `end`, for all tokens of `start` or for those at `row`."""
+        known: dict[fx.Node, At | None] = {point: At(1)}
+        copies = {point: start if row is None else walk.call(ops.take_tokens.default, start, row, 1)}
+        wanted = _between(walk, point, end)
+        for node in walk.nodes:
+            if node not in wanted:
+                continue
+            step = follow(node, known)
+            known[node] = step.at
+            sides = {}
+            for operand, axis in step.meets:
+                made = walk.level_side(plain(operand), axis, level, rank(node))
+                if row is not None:
+                    wide = axis + (rank(node) - rank(operand) if level else 0)
+                    made, wide = (made, wide) if level else walk.leading(made, axis, rank(node))
+                    made = walk.call(ops.take_tokens.default, made, row, wide)
+                sides[operand] = made
+            length = (walk.length(level) if level else None) if row is None else 1
+            args = step.sizes(length) if step.sizes is not None and length is not None else node.args
 
-        def mapped(value: fx.Node, sides: dict[fx.Node, fx.Node] = sides) -> fx.Node:
-            return sides[value] if value in sides else copies[value] if value in copies else plain(value)
+            def mapped(
+                value: fx.Node, sides: dict[fx.Node, fx.Node] = sides, copies: dict[fx.Node, fx.Node] = copies
+            ) -> fx.Node:
+                return sides[value] if value in sides else copies[value] if value in copies else plain(value)
 
-        made = walk.call(node.target, *fx.node.map_arg(args, mapped), **fx.node.map_arg(node.kwargs, mapped))
-        made.meta["val"] = node.meta["val"]
-        copies[node] = made
+            made = walk.call(node.target, *fx.node.map_arg(args, mapped), **fx.node.map_arg(node.kwargs, mapped))
+            made.meta["val"] = node.meta["val"]
+            copies[node] = made
+        return copies[end]
+
     mask = core.args[3]
     if isinstance(mask, fx.Node):
         mask = plain(mask)
     if level:
         mask = walk.mask_at(core, mask, level)
-    return copies[core.args[0]], copies[core.args[1]], mask  # type: ignore[index]
+    q, k = core.args[:2]
+    return again(q, x, row), again(k, x, None), mask  # type: ignore[arg-type]
 
 
-def _between(walk: Walk, point: fx.Node, ends: list[Any]) -> set[fx.Node]:
-    """Nodes on paths from a point to some ends."""
+def _between(walk: Walk, point: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on paths from a point to an end."""
     ahead: set[fx.Node] = {point}
     for node in walk.nodes[walk.order[point] + 1 :]:
         if any(source in ahead for source in node.all_input_nodes):
             ahead.add(node)
-    behind, stack = set(ends), list(ends)
+    behind, stack = {end}, [end]
     while stack:
         for source in stack.pop().all_input_nodes:
             if source in ahead and source is not point and source not in behind:
