@@ -202,6 +202,12 @@ def page(found: dict[str, Any]) -> str:
                 f" | {row['fitted']:.2f} | {row['trained']:.2f} |"
             )
         lines.append("")
+        if all(row["trained"] > row["fitted"] for row in q["rows"]):
+            lines += [
+                "Distilling the routers alone makes them worse here: its gradient reaches them through the weights of the",
+                "experts that were chosen, and says nothing of those that should have been.",
+                "",
+            ]
     if "speed" in found:
         lines += [
             "## Time and FLOPs",
