@@ -157,7 +157,8 @@ def _row(name: str, job: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"system": platform.platform(), "cores": os.cpu_count(), "memory": memory}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return {"system": platform.platform(), "cores": os.cpu_count(), "memory": memory, "threads": threads}
 
 
 def make_checkpoint(directory: Path, shape: dict[str, int]) -> None:

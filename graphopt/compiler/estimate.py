@@ -116,6 +116,8 @@ def estimate_run(
     verify = next((need.bytes for need in limits.needs if need.stage == "verify"), 0)
     if verify and limits.verify is not None:
         verify = max(verify, MAPPING[torch.float64] * largest)
+    # Before the rates are measured, which takes memory that the run does not.
+    peak = peak_memory()
     rates = _rates(original)
     flops = sum(_flops(before, after, level, limits) for before, after in steps)
     stages = {
@@ -131,7 +133,7 @@ def estimate_run(
         "save": max(saving / rates["read"], written / rates["write"]) + copies / rates["widen"],
     }
     return Estimate(
-        max(peak_memory(), limits.base + verify + SLACK, limits.base + WRITING + copies),
+        max(peak, limits.base + verify + SLACK, limits.base + WRITING + copies),
         planning + checking + measuring + saving,
         written,
         round(sum(stages.values()), 1),
