@@ -121,12 +121,14 @@ def figures(results: Path) -> str:
     lines: list[str] = []
     for shape, found in json.loads(results.read_text()).items():
         if found.get("jobs"):
-            lines += ["", f"{shape}: {found['bytes'] / 1e9:.1f} GB, {found['machine']['cores']} cores.", ""]
-            lines += [
-                "| | seconds | times the copy | GB read | GB written | peak memory, MiB |",
-                "|---|---|---|---|---|---|",
-            ]
             jobs = found["jobs"]
+            loads = [job["load"] for job in jobs.values()]
+            load = f"load average {min(loads)} to {max(loads)}"
+            lines += ["", f"{shape}: {found['bytes'] / 1e9:.1f} GB, {found['machine']['cores']} cores, {load}.", ""]
+            lines += [
+                "| | seconds | times the copy | CPU seconds | GB read | GB written | peak memory, MiB |",
+                "|---|---|---|---|---|---|---|",
+            ]
             lines += [_row(NAMES[name], jobs[name]) for name in NAMES if name in jobs]
         if "flap" in found:
             flap = found["flap"]
