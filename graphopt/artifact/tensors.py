@@ -24,8 +24,10 @@ from graphopt.diagnostics import ArtifactError
 from graphopt.frontend.shards import DTYPES
 from graphopt.ir.weights import all_finite
 
-PIECE = 32 << 20
-_WAITING = 2 * PIECE
+# Small enough that the allocator hands the same pages out again: with 32 MiB every piece was mapped anew, and reading,
+# checking, hashing and writing 1 GiB took 1.97 CPU seconds instead of 1.01.
+PIECE = 4 << 20
+_WAITING = 4 * PIECE
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -20,8 +20,8 @@ class Network:
 
     A part of the verifying program (`part`) reads and writes the verifying program's own cache: its committed entries
     are the best there are, and what drafting writes behind them is overwritten by the next step. A model of its own has
-    its own cache, and a part may have layers of its own: these read kept tokens when a draft is next asked for, so that
-    steps without a draft do not pay for them.
+    its own cache, and a part may have layers of its own: these read kept tokens when a draft is next asked for. Its cache
+    is made for the first draft of a sequence, so that a sequence without drafts pays for nothing.
     """
 
     def __init__(self, decoder: Decoder, *, part: bool) -> None:
@@ -33,13 +33,12 @@ class Network:
 
     @property
     def _follows(self) -> bool:
-        """Whether there are entries that the verifying program does not write."""
-        return self._cache is not None and self._cache.own
+        """Whether there are entries that the verifying program does not write, as far as is known."""
+        return self._cache is None or self._cache.own
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
-        """Take the verifying program's cache, or remember the prompt."""
-        self._verified = rows.cache
-        self._cache = self.decoder.cache(1, rows.cache.capacity, shared=rows.cache if self.part else None)
+        """Take the verifying program's cache and remember the prompt."""
+        self._verified, self._cache = rows.cache, None
         self._text, self._known, self._drafted = list(prompt), 0, 0
 
     def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
@@ -57,8 +56,10 @@ class Network:
 
     def catch_up(self) -> Cache:
         """The cache, which now holds the sequence without its root."""
-        assert self._cache is not None, "begin comes first"
-        assert self._verified is not None
+        assert self._verified is not None, "begin comes first"
+        if self._cache is None:
+            shared = self._verified if self.part else None
+            self._cache = self.decoder.cache(1, self._verified.capacity, shared=shared)
         if not self._follows:
             self._cache.lengths = self._verified.lengths
             return self._cache

@@ -99,9 +99,7 @@ class Skipping(Chain):
         self.score, self.stale = score, 0
         if chosen != self.best:
             self.best = chosen
-            self.decoder = self._build(chosen)
-            assert self._verified is not None
-            self._cache = self.decoder.cache(1, self._verified.capacity, shared=self._verified)
+            self.decoder, self._cache = self._build(chosen), None
 
     def _suggest(self) -> frozenset[Place] | None:
         """A set that was not tried yet, or none when a hundred draws give none."""
