@@ -45,7 +45,9 @@ class Tokens:
         elif value.dim() < 2:
             raise _misfit(tap, value, "[..., features]")
         rows = value.reshape(-1, value.shape[-1])
-        if tuple(value.shape[:2]) == (batch, length) or value.shape[0] == batch * length:
+        if tap.layout == "choices" and value.shape[0] % (batch * length):
+            raise _misfit(tap, value, f"[{batch * length} times the choices of a token, ...]")
+        if tap.layout == "choices" or tuple(value.shape[:2]) == (batch, length) or value.shape[0] == batch * length:
             each = rows.shape[0] // (batch * length)
             mask = self.mask.reshape(-1).repeat_interleave(each)
         elif self.whole and value.shape[0] == batch:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 Kind = Literal["moments", "gram", "cosine", "taylor", "routing", "rows", "activity", "grouped"]
+Layout = Literal["last", "heads", "choices"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Tap:
     """A statistic of one node's value.
 
     `layout` says what a feature is: `last` takes the last axis and counts every other position as a token;
-    `heads` takes `[B, H, S, D]` as B x S tokens of H * D features. `cosine` compares with the node `other`; `routing`
+    `heads` takes `[B, H, S, D]` as B x S tokens of H * D features; `choices` takes `[B x S x k, .., D]`, a row for each of
+    a token's k experts, which are counted one by one. `cosine` compares with the node `other`; `routing`
     takes a router's choices `[..., k]`, and what each counts from `other`; `rows` keeps the values of the first tokens;
     `activity` relates the absolute value to the features of `other`; `grouped` sums it up by the whole numbers `[B, S]`
     that `other` holds, or by sample where there is none.
@@ -24,7 +26,7 @@ class Tap:
 
     node: str
     kind: Kind
-    layout: Literal["last", "heads"] = "last"
+    layout: Layout = "last"
     other: str | None = None
 
 
@@ -124,13 +126,13 @@ class Statistics:
     def __getitem__(self, tap: Tap) -> Statistic:
         return self._found[tap]
 
-    def moments(self, node: str) -> Moments:
+    def moments(self, node: str, layout: Layout = "last") -> Moments:
         """Moments of a node."""
-        found = self._found[Tap(node, "moments")]
+        found = self._found[Tap(node, "moments", layout)]
         assert isinstance(found, Moments)
         return found
 
-    def gram(self, node: str, layout: Literal["last", "heads"] = "heads") -> Gram:
+    def gram(self, node: str, layout: Layout = "heads") -> Gram:
         """Gram matrix of a node."""
         found = self._found[Tap(node, "gram", layout)]
         assert isinstance(found, Gram)
@@ -166,8 +168,8 @@ class Statistics:
         assert isinstance(found, Grouped)
         return found
 
-    def taylor(self, node: str) -> Taylor:
+    def taylor(self, node: str, layout: Layout = "last") -> Taylor:
         """Taylor terms of a node."""
-        found = self._found[Tap(node, "taylor")]
+        found = self._found[Tap(node, "taylor", layout)]
         assert isinstance(found, Taylor)
         return found

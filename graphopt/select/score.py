@@ -9,7 +9,7 @@ import torch
 
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program
-from graphopt.observe import Statistics, Tap
+from graphopt.observe import Layout, Statistics, Tap
 from graphopt.select.options import Activation, Fluctuation, Magnitude, Order, RoutingScore, TaylorScore
 from graphopt.views import Experts, UnitGroup, Views, coordinates, find
 
@@ -35,11 +35,11 @@ class Features:
 def taps(group: UnitGroup, views: Views, options: AnyScore) -> tuple[Tap, ...]:
     """The statistics that a score of this group needs."""
     if isinstance(options, Fluctuation):
-        return tuple(dict.fromkeys(Tap(consumer.x, "moments") for consumer in group.consumers))
+        return tuple(dict.fromkeys(Tap(consumer.x, "moments", consumer.layout) for consumer in group.consumers))
     if isinstance(options, Activation):
-        return tuple(Tap(node, "moments") for node, _ in _watched(group, views))
+        return tuple(Tap(node, "moments", layout) for node, layout, _ in _watched(group, views))
     if isinstance(options, TaylorScore):
-        return tuple(Tap(node, "taylor") for node, _ in _watched(group, views))
+        return tuple(Tap(node, "taylor", layout) for node, layout, _ in _watched(group, views))
     if isinstance(options, RoutingScore):
         return (routing_tap(_bank(group, views)),)
     return ()
@@ -126,7 +126,7 @@ def _unreadable(name: str, error: LookupError) -> PlanError:
 def _fluctuation(group: UnitGroup, program: Program, statistics: Statistics, metric: str) -> Iterator[Features]:
     squared = group.family in ("query", "kv_group")
     for consumer in group.consumers:
-        moments = statistics.moments(consumer.x)
+        moments = statistics.moments(consumer.x, consumer.layout)
         if metric == "ifv":
             scores = moments.variance
         elif metric == "wifv":
@@ -138,15 +138,15 @@ def _fluctuation(group: UnitGroup, program: Program, statistics: Statistics, met
 
 
 def _activation(group: UnitGroup, views: Views, statistics: Statistics) -> Iterator[Features]:
-    for node, unit in _watched(group, views):
-        yield Features(statistics.moments(node).sample_l2, unit)
+    for node, layout, unit in _watched(group, views):
+        yield Features(statistics.moments(node, layout).sample_l2, unit)
 
 
 def _taylor(group: UnitGroup, views: Views, statistics: Statistics) -> torch.Tensor:
     """Per sample the terms of a unit are summed over its features and nodes, because they go together."""
     total: torch.Tensor | None = None
-    for node, unit in _watched(group, views):
-        terms = statistics.taylor(node).terms
+    for node, layout, unit in _watched(group, views):
+        terms = statistics.taylor(node, layout).terms
         if total is None:
             total = terms.new_zeros(terms.shape[0], group.units)
         inside = unit >= 0
@@ -178,16 +178,16 @@ def _routing(group: UnitGroup, views: Views, statistics: Statistics, metric: str
     return torch.cat([values, values.new_zeros(group.units - len(values))])
 
 
-def _watched(group: UnitGroup, views: Views) -> Iterator[tuple[str, torch.Tensor]]:
-    """Nodes `[..., d]` that hold the units' activations, each once: consumers' inputs; for the stream, norm outputs."""
+def _watched(group: UnitGroup, views: Views) -> Iterator[tuple[str, Layout, torch.Tensor]]:
+    """Nodes that hold the units' activations and how these lie, each once: consumers' inputs; for the stream, norms."""
     if group.family == "hidden":
         for node, axis in views.labels.norms.items():
             unit = coordinates(axis, group.leaf)
             if (unit >= 0).any():
-                yield node.name, torch.from_numpy(unit)
+                yield node.name, "last", torch.from_numpy(unit)
         return
     for x, consumer in {consumer.x: consumer for consumer in group.consumers}.items():
-        yield x, torch.from_numpy(consumer.unit)
+        yield x, consumer.layout, torch.from_numpy(consumer.unit)
 
 
 def _units(group: UnitGroup, features: Iterator[Features], reduce: str, normalise: Normalise) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,11 @@ class Consumer:
     def x(self) -> str:
         """Name of the node that holds its input `[..., features]`."""
         return str(self.linear.x.name)
+
+    @property
+    def layout(self) -> Literal["last", "choices"]:
+        """How tokens lie in that input: where each token chose its experts, it has a row for each of them."""
+        return "last" if self.linear.index is None else "choices"
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from graphopt.diagnostics import PlanError
 from graphopt.ir.rewriter import Rewriter
 from graphopt.observe import Tap
@@ -13,6 +15,9 @@ from graphopt.passes.experts.reroute import Reroute
 from graphopt.passkit import Context
 from graphopt.passkit.edits import Decline, Edit, Plan
 from graphopt.views import Experts, Views
+
+# Values closer than this share of the largest may be the same one, summed in another order in float32.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +142,26 @@ def _calibrated(config: Reroute, context: Context, bank: Experts) -> tuple[Choic
     share = context.statistics.rows(bank.share.name).rows.double().flatten(0, -2)
     ratio = share.sort(dim=-1, descending=True).values
     ratio = ratio[:, 1:] / ratio[:, :1]
-    below = float(ratio[:, 0].median()) if config.below == "median" else config.below
+    below = _between(ratio[:, 0], 0.5) if config.below == "median" else config.below
     assert isinstance(below, float)
     gone = ratio < below
     if config.protect is None:
         return Choices(below=below), float(gone.double().mean())
     size = context.statistics.rows(bank.source.name).rows.double().abs().sum(-1).flatten()
-    protected = float(size.quantile(1 - float(config.protect.fraction)))
+    protected = _between(size, 1 - float(config.protect.fraction))
     gone &= (size < protected)[:, None]
     return Choices(below=below, protected=protected), float(gone.double().mean())
+
+
+def _between(values: torch.Tensor, share: float) -> float:
+    """A bound with about `share` of the values `[n]` below it and none near it, so that rounding decides about no token.
+
+    It lies halfway in the gap next to the quantile; where all values are one, below them.
+    """
+    ordered = values.sort().values
+    ends = torch.cat([ordered.new_zeros(1), ordered, 2 * ordered[-1:]])
+    gaps = ends.diff()
+    places = torch.arange(len(gaps), dtype=torch.float64)
+    far = (places - share * len(ordered)).abs().masked_fill(gaps <= ROUNDING * ends[-1], torch.inf)
+    place = int(far.argmin())
+    return float((ends[place] + ends[place + 1]) / 2)

@@ -59,7 +59,7 @@ class DropTokens(TokenPass):
     """what becomes of those that leave"""
     loss: Losses = Losses(next_token=1.0)
     """what a predictor is trained by"""
-    teacher: str = "before"
+    teacher: Annotated[str, Field(examples=["before", "original"])] = "before"
     """the program that loss terms compare with: `original`, `before`, or the id of an earlier step"""
     recipe: Recipe | None = Recipe(steps=500)
     """steps, batches and rates of a predictor's training; none leaves it untrained"""

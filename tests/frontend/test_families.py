@@ -33,12 +33,22 @@ def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_layer_is_seen(name: str) -> None:
     views = Views(program(name))
-    assert len(views.blocks) == 3
-    assert all(len(block.attentions) == 1 and len(block.feed_forwards) == 1 for block in views.blocks)
     config = CONFIGS[name][1]
+    assert len(views.blocks) == config.get("num_hidden_layers", 3)
+    assert all(len(block.attentions) == 1 for block in views.blocks)
+    routed = [
+        "num_experts_per_tok" in config and i >= config.get("first_k_dense_replace", 0)
+        for i in range(len(views.blocks))
+    ]
+    assert [len(block.experts) for block in views.blocks] == [int(bank) for bank in routed]
+    # A bank of these two has an expert beside it that every token goes to.
+    shared = name in ("qwen2_moe", "deepseek_v3")
+    assert [len(block.feed_forwards) for block in views.blocks] == [int(shared or not bank) for bank in routed]
     kv_heads = config.get("num_key_value_heads", config.get("num_kv_heads", 1 if name == "falcon" else 4))
     assert {(a.heads, a.kv_heads, a.head_dim) for a in views.attentions} == {(4, kv_heads, 8)}
-    assert not views.unseen
+    # The keys of a multi-latent attention come from two projections.
+    latent = len(views.attentions) * (name == "deepseek_v3")
+    assert [one.reason for one in views.unseen] == ["k is no plain projection"] * latent
 
 
 def test_capture_leaves_the_model_alone() -> None:

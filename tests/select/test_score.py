@@ -177,3 +177,22 @@ def test_what_a_score_needs_is_said() -> None:
     nan = changed(v.program, model__layers__0__mlp__up_proj__weight=(torch.full((56,), float("nan")), 0))
     with pytest.raises(ArtifactError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds 1792 NaN"):
         score(unit_groups(Views(nan), "neuron")[0], Views(nan), None, Magnitude())
+
+
+@pytest.mark.parametrize("options", [Fluctuation(), Activation(), TaylorScore()], ids=lambda one: one.kind)
+def test_neurons_of_chosen_experts_are_scored_without_padding(options: AnyScore) -> None:
+    """Each choice of a token is a row; those of padding do not count."""
+    v = views("mixtral")
+    group = next(group for group in unit_groups(v, "neuron") if group.consumers[0].layout == "choices")
+    ids = tokens(2, 9)
+    padding = torch.ones_like(ids)
+    padding[1, :4] = 0
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    together = [{"input_ids": ids, "attention_mask": padding, "position_ids": positions}]
+    alone = [{"input_ids": ids[:1]}, {"input_ids": ids[1:, 4:]}]
+    wanted = taps(group, v, options)
+    one, two = (observe(v.program, wanted, batches, dtype=torch.float64, views=v) for batches in (together, alone))
+    if not isinstance(options, TaylorScore):
+        assert one.moments(group.consumers[0].x, "choices").count == 2 * (9 + 5)
+    scores_of = [score(group, v, found, options) for found in (one, two)]
+    torch.testing.assert_close(scores_of[0], scores_of[1], rtol=1e-6, atol=1e-9)

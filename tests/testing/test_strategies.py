@@ -146,7 +146,7 @@ def test_configurations_reach_every_option(name: str) -> None:
     kind = PassRegistry().get(name)
     seen: set[str] = set()
 
-    @settings(max_examples=150, derandomize=True, database=None)
+    @settings(max_examples=400, derandomize=True, database=None)
     @given(configurations(kind, build(MODEL)))
     def collect(config: object) -> None:
         assert isinstance(config, kind)
