@@ -25,7 +25,7 @@ FEW_ROWS = 16
 class Options:
     """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU.
 
-    `products`: "auto" generates matrix products with few rows, "triton" all, "library" none.
+    `products`: "auto" generates matrix products with few rows, "triton" all, "library" none. `spec` is the Dynamo door's.
     """
 
     interpret: bool = False
@@ -34,6 +34,7 @@ class Options:
     backward: str = "eager"
     report: Any = None
     target: str | None = None
+    spec: Any = None
 
     @classmethod
     def of(cls, options: dict[str, Any] | None) -> Options:

@@ -63,6 +63,8 @@ def lower(
         raise PlanError.of("unknown_dimension", f"the program has no dimension {unknown[0]!r}")
     kind = dtype or program.dtype
     chosen = Options.of(options)
+    if chosen.spec is not None:
+        raise PlanError.of("spec_on_program", "lower takes no spec", help=("call graphopt.compile(program, spec)",))
     graph, names = traced(program, kind, sizes or {}, kernels=chosen.kernels_on(target))
     return LoweredProgram(program, lower_graph(graph, target, chosen), target, kind, names)
 

@@ -2,7 +2,8 @@
 
 Dynamo captures, AOTAutograd makes the graphs functional, `graphopt.backends.lower_graph` lowers them. Options:
 `interpret` (run generated Triton kernels under the interpreter), `cpu` ("eager" or "inductor"), `backward` ("eager" or
-"inductor"), `report` (a path that JSON is written to, or a list that gets one entry a graph).
+"inductor"), `report` (a path that JSON is written to, or a list that gets one entry a graph), `spec` (what the model is
+transformed by first).
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ def backend(
     """Compile one graph that Dynamo captured; raises PlanError for an unknown option."""
     chosen = Options.of(options)
     target = chosen.target or _device(inputs)
+    if chosen.spec is not None:
+        from graphopt.compiler.dynamo_spec import with_spec
+
+        run, made = with_spec(graph, inputs, target, chosen)
+        _report({**made.after.lowered.describe(), **made.describe()}, chosen)
+        return run
     kernels = chosen.kernels_on(target)
     if kernels:
         raise_sdpa(graph)
@@ -39,7 +46,7 @@ def backend(
     def lower(traced: fx.GraphModule, backward: str | None) -> Lowered:
         lowered = lower_graph(traced, target, chosen)
         lowered.backward = backward
-        _report(lowered, chosen)
+        _report(lowered.describe(), chosen)
         return lowered
 
     def backward(traced: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
@@ -70,10 +77,10 @@ def _device(inputs: Sequence[Any]) -> str:
     return "cuda" if "cuda" in devices else "cpu"
 
 
-def _report(lowered: Lowered, options: Options) -> None:
+def _report(entry: dict[str, Any], options: Options) -> None:
     if isinstance(options.report, list):
-        options.report.append(lowered.describe())
+        options.report.append(entry)
     elif options.report is not None:
         path = Path(options.report)
         known = json.loads(path.read_text()) if path.is_file() else []
-        path.write_text(json.dumps([*known, lowered.describe()], indent=1) + "\n")
+        path.write_text(json.dumps([*known, entry], indent=1) + "\n")

@@ -132,6 +132,20 @@ def capture_model(model: Any, *, dims: tuple[Dim, ...] = DEFAULT_DIMS) -> Progra
     return _captured(empty, dims, source=MemorySource({**tensors, **buffers}), constants=buffers, origin=origin)
 
 
+def directory_of(model: Any) -> Path | None:
+    """The local directory that a transformers model was read from, for the tokenizer beside its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name = getattr(model, "name_or_path", None)
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer.json"], local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
 def _captured(model: torch.nn.Module, dims: tuple[Dim, ...], **options: Any) -> Program:
     """The program of a model without weights: with pictures where it takes them beside tokens, else of its tokens.
 
