@@ -184,4 +184,5 @@ def _same(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
     if mine.shape != wanted.shape or mine.dtype != wanted.dtype or not mine.is_floating_point():
         return False
     allowed = min(ROUNDINGS * torch.finfo(mine.dtype).eps, MOST)
-    return float((mine.double() - wanted.double()).norm()) <= allowed * float(wanted.double().norm())
+    distance: float = (mine.double() - wanted.double()).norm().item()
+    return distance <= allowed * float(wanted.double().norm())
