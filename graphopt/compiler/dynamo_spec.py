@@ -183,6 +183,6 @@ def _same(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether two results are one up to rounding, by the norm of their difference."""
     if mine.shape != wanted.shape or mine.dtype != wanted.dtype or not mine.is_floating_point():
         return False
-    allowed = min(ROUNDINGS * torch.finfo(mine.dtype).eps, MOST)
+    allowed: float = min(ROUNDINGS * torch.finfo(mine.dtype).eps, MOST)
     distance: float = (mine.double() - wanted.double()).norm().item()
     return distance <= allowed * float(wanted.double().norm())
