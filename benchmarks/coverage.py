@@ -1,7 +1,8 @@
 """How much of transformers the front end and the views cover: build, capture, compare, view, cut, save and load every class.
 
     python benchmarks/coverage.py                          # causal LMs; resumable: a class with a result is not run again
-    python benchmarks/coverage.py --auto all               # every auto class
+    python benchmarks/coverage.py --auto all --selected    # of every other task the classes named in small_models.SELECTED
+    python benchmarks/coverage.py --auto all               # every class of every auto class (hours)
     python benchmarks/coverage.py --only llama gpt2        # these again
     python benchmarks/coverage.py --only llama --results /tmp/mine.json --print
 
@@ -33,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from coverage_page import page
-from small_models import AUTOS, LAYERS, NotBuiltError, build, count_parts, model_types, run, sample_inputs
+from small_models import AUTOS, LAYERS, SELECTED, NotBuiltError, build, count_parts, model_types, run, sample_inputs
 
 import graphopt
 from graphopt.compiler.verify import random_inputs, tolerance
@@ -178,6 +179,7 @@ def _surgery(program: Program, step: dict[str, Any]) -> str:
                 return f"differs from its emulation by {error:.2g}"
             with tempfile.TemporaryDirectory() as directory:
                 graphopt.save(after, Path(directory) / "out", format="graphopt")
+                inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
                 again = graphopt.load(Path(directory) / "out").module()(**inputs)[0]
                 if not torch.equal(again[real], after.module()(**inputs)[0][real]):
                     return "changes when it is saved and loaded"
@@ -257,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--auto", default="causal_lm", choices=[*AUTOS, "all"])
     parser.add_argument("--only", nargs="*", help="model types; runs them again")
+    parser.add_argument("--selected", action="store_true", help="only the classes that represent their task")
     parser.add_argument("--failed", action="store_true", help="run again what has a result that is not right")
     parser.add_argument("--no-surgeries", action="store_true", help="capture, compare and view only")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -273,7 +276,8 @@ def main() -> None:
     if not arguments.page:
         tasks = []
         for auto in AUTOS if arguments.auto == "all" else [arguments.auto]:
-            for model_type in sorted(model_types(auto)):
+            chosen = SELECTED.get(auto, "").split() if arguments.selected else []
+            for model_type in chosen or sorted(model_types(auto)):
                 done = rows.get(auto, {}).get(model_type)
                 again = arguments.failed and done is not None and not right(done)
                 if model_type in arguments.only if arguments.only else (done is None or again):

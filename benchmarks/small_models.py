@@ -29,6 +29,26 @@ AUTOS = {
     "time_series": ("MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES", "AutoModelForTimeSeriesPrediction"),
     "mask_generation": ("MODEL_FOR_MASK_GENERATION_MAPPING_NAMES", "AutoModelForMaskGeneration"),
     "object_detection": ("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "AutoModelForObjectDetection"),
+    "segmentation": ("MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES", "AutoModelForUniversalSegmentation"),
+}
+# The classes of each task that are run when not all are: the most used, and every kind of architecture once.
+SELECTED = {
+    "masked_lm": (
+        "bert roberta distilbert albert electra deberta deberta-v2 modernbert mpnet esm fnet convbert longformer xlm-roberta"
+    ),
+    "sequence_classification": "bert roberta distilbert deberta-v2 modernbert t5 bart gpt2 llama qwen3 gemma2 mistral",
+    "seq2seq": "t5 mt5 umt5 bart mbart marian pegasus led longt5 m2m_100 blenderbot switch_transformers t5gemma prophetnet",
+    "image_classification": (
+        "vit deit beit swin swinv2 convnext convnextv2 dinov2 resnet segformer siglip clip mobilevit levit hiera pvt"
+    ),
+    "speech_seq2seq": "whisper moonshine speech_to_text speecht5 kyutai_speech_to_text pop2piano seamless_m4t",
+    "image_text_to_text": (
+        "llava llava_next qwen2_vl qwen2_5_vl paligemma idefics2 idefics3 smolvlm blip blip-2 internvl gemma3 git kosmos-2"
+    ),
+    "time_series": "patchtsmixer patchtst timesfm timesfm2_5",
+    "mask_generation": "sam sam2 sam_hq",
+    "object_detection": "detr conditional_detr deformable_detr table-transformer rt_detr d_fine yolos",
+    "segmentation": "detr maskformer mask2former oneformer",
 }
 # Classes of the task that no auto class lists.
 OUTSIDE_MAPPINGS = {"time_series": {"patchtsmixer": "PatchTSMixerForPrediction", "patchtst": "PatchTSTForPrediction"}}
@@ -386,7 +406,8 @@ def _feed_forwards(block: Any, width: int) -> tuple[int, int]:
             mixers.append(name)
         if any(p.dim() == 3 and p.shape[1] > 1 and p.shape[2] > 1 for p in module.parameters(recurse=False)):
             banks.append(name)
-        if name and isinstance(module, torch.nn.ModuleList):
+        # A list of parts of one kind may be a bank; one of several kinds is a sequence of parts.
+        if name and isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1:
             lists.append(name)
     hidden = [*mixers, *banks, *lists]
     linears = [

@@ -33,6 +33,8 @@ def normalize(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     drop_asserts(graph)
     functionalise(graph)
+    eliminate_dead_code(graph)
+    join_pieces(graph)
     drop_no_ops(graph)
     drop_empty_pieces(graph)
     simplify_calls(graph)
@@ -153,6 +155,35 @@ def _is_empty(piece: fx.Node, dim: int) -> bool:
     return isinstance(size, int) and size == 0
 
 
+def join_pieces(graph: fx.Graph) -> None:
+    """Tensors that are made empty and filled piece by piece along one axis become the concatenation of the pieces."""
+    for node in list(graph.nodes):
+        if not is_op(node, aten.slice_scatter) or any(is_op(user, aten.slice_scatter) for user in node.users):
+            continue
+        chain: list[fx.Node] = []
+        base: Any = node
+        while is_op(base, aten.slice_scatter) and (not chain or len(base.users) == 1):
+            chain.append(base)
+            base = base.args[0]
+        if not is_op(base, aten.new_empty, aten.empty, aten.empty_like):
+            continue
+        rank = node.meta["val"].dim()
+        axes = {write.args[2] % rank for write in chain if len(write.args) == 5}  # type: ignore[operator]
+        size = node.meta["val"].shape[next(iter(axes))] if len(axes) == 1 else None
+        if not isinstance(size, int) or any(len(write.args) != 5 for write in chain):
+            continue
+        pieces = [(write.args[3] or 0, min(write.args[4] or size, size), write.args[1]) for write in chain]  # type: ignore[type-var]
+        pieces.sort(key=lambda piece: piece[0])  # type: ignore[arg-type,return-value]
+        ends = [0, *(end for _, end, _ in pieces)]
+        if any(not isinstance(begin, int) or begin != end for (begin, _, _), end in zip(pieces, ends, strict=False)):
+            continue
+        if ends[-1] != size or any(piece.meta["val"].dtype != node.meta["val"].dtype for _, _, piece in pieces):  # type: ignore[union-attr]
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(aten.cat.default, ([piece for _, _, piece in pieces], next(iter(axes))))
+        _replace(graph, node, new)
+
+
 def simplify_calls(graph: fx.Graph) -> None:
     """Say in one way what models say in several: x @ w.T is a linear, a view a reshape, a list of neighbours a slice."""
     for node in list(graph.nodes):
@@ -179,6 +210,29 @@ def simplify_calls(graph: fx.Graph) -> None:
                 with graph.inserting_before(node):
                     new = graph.call_function(aten.slice.Tensor, (node.args[0], axis, values[0], values[-1] + 1))
                 _replace(graph, node, new)
+        elif is_op(node, aten.einsum) and len(node.args[1]) == 2:
+            _product_of_einsum(graph, node)
+
+
+def _product_of_einsum(graph: fx.Graph, node: fx.Node) -> None:
+    """`...ij,...jk->...ik` and `...id,...jd->...ij` over two activations become the matrix products that they are."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    if "." in terms or not len(first) == len(second) == len(result) or len(result) not in (3, 4):
+        return
+    lead, i, j = first[:-2], first[-2], first[-1]
+    if second[:-2] != lead or result[:-2] != lead or len(set(first + second)) != len(lead) + 3:
+        return
+    left, right = node.args[1]  # type: ignore[misc]
+    if result[-2] != i or (second[-2:] + result[-1]) not in (j + result[-1] * 2, result[-1] + j + result[-1]):
+        return
+    with graph.inserting_before(node):
+        if second[-2] != j:
+            turned = graph.call_function(aten.transpose.int, (right, -2, -1))
+            turned.meta = {**right.meta, "val": right.meta["val"].transpose(-2, -1)}  # type: ignore[union-attr]
+            right = turned
+        new = graph.call_function(aten.matmul.default, (left, right))
+    _replace(graph, node, new)
 
 
 def constant_devices(graph: fx.Graph) -> None:

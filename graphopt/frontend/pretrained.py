@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -363,17 +364,38 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over `graphopt::attention`: returns `[B, S, H, D]`."""
+    own = _spelled_attention(module, kwargs)
+    if own is not None:
+        low = torch.tensor(torch.finfo(query.dtype).min, dtype=query.dtype)
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = torch.where(attention_mask, torch.tensor(0.0, dtype=query.dtype), low)
+        given = {"dropout": dropout, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux}
+        given |= {"scaling": scaling, "position_bias": position_bias}
+        given = {name: value for name, value in given.items() if value is not None}
+        return own(module, query, key, value, attention_mask, **given, **kwargs)  # type: ignore[no-any-return]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None
     if position_bias is not None:
         low = torch.finfo(query.dtype).min
         bias = position_bias.to(query.dtype)
-        attention_mask = bias if attention_mask is None else bias.masked_fill(~attention_mask, low)
+        if attention_mask is None:
+            attention_mask = bias
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = bias.masked_fill(~attention_mask, low)
+        else:
+            attention_mask = bias + attention_mask
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     result = torch.ops.graphopt.attention.default(
         query, key, value, attention_mask, s_aux, scale, causal, None, None if softcap is None else float(softcap)
     )
     return result.transpose(1, 2).contiguous(), None
+
+
+def _spelled_attention(module: torch.nn.Module, given: dict[str, Any]) -> Any:
+    """The attention that a model's code spells out, where it is given a tensor that it reads and we do not know."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    tensors = {name for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return own if own is not None and tensors & set(inspect.signature(own).parameters) else None
 
 
 def _mask(

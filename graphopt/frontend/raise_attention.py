@@ -30,6 +30,8 @@ class _Scores:
     biases: list[fx.Node] = field(default_factory=list)
     visible: list[tuple[fx.Node, bool]] = field(default_factory=list)
     view: fx.Node | None = None
+    # What scales the scores of each query or head: a tensor with one entry in place of the keys.
+    gains: list[fx.Node] = field(default_factory=list)
 
 
 def raise_spelled_attention(graph: fx.Graph) -> None:
@@ -43,6 +45,9 @@ def raise_spelled_attention(graph: fx.Graph) -> None:
 
 def _match(product: fx.Node) -> _Scores | None:
     probabilities = through(product.args[0], aten.to, aten.view, aten.reshape, aten.expand, aten.clone)
+    if is_op(probabilities, aten.masked_fill) and _number(probabilities.args[2]) == 0.0:
+        # Rows that see no key give nothing, which is what the op does with a mask of truth.
+        probabilities = probabilities.args[0]
     if not is_op(probabilities, aten.softmax, aten._softmax):
         return None
     rank = probabilities.meta["val"].dim()
@@ -57,9 +62,10 @@ def _logits(node: Any) -> _Scores | None:
     softcap: float | None = None
     biases: list[fx.Node] = []
     visible: list[tuple[fx.Node, bool]] = []
+    gains: list[fx.Node] = []
     view: fx.Node | None = None
     while isinstance(node, fx.Node):
-        if is_op(node, aten.to, aten.clone):
+        if is_op(node, aten.to, aten.clone) or _changes_nothing(node):
             node = node.args[0]
         elif is_op(node, aten.view, aten.reshape) and _folds_heads(node):
             # Masks are added to [B, H, S, T] between products of [B * H, S, T]: there and back is common.
@@ -80,6 +86,12 @@ def _logits(node: Any) -> _Scores | None:
             else:
                 outer_scale *= factor
             node = node.args[0]
+        elif is_op(node, aten.mul) and softcap is None and (gain := _gain(node)) is not None:
+            gains.append(gain)
+            node = node.args[0]
+        elif is_op(node, aten.add) and outer_scale == 1.0 and not gains and (kept := _kept(node)) is not None:
+            visible.append((kept[1], True))
+            node = kept[0]
         elif is_op(node, aten.add) and len(node.args) == 2 and softcap is None:
             sides = [a for a in node.args if isinstance(a, fx.Node)]
             inner = [side for side in sides if _holds_scores(side)]
@@ -87,7 +99,7 @@ def _logits(node: Any) -> _Scores | None:
                 return None
             bias = next(side for side in sides if side is not inner[0])
             # A scale outside of the sum changes what a bias adds, but hides what a mask hides all the same.
-            if outer_scale != 1.0 and visibility(bias) is None:
+            if (outer_scale != 1.0 or gains) and visibility(bias) is None:
                 return None
             biases.append(bias)
             node = inner[0]
@@ -99,15 +111,52 @@ def _logits(node: Any) -> _Scores | None:
             node = node.args[1]
         elif is_op(node, aten.matmul, aten.bmm):
             q, k = node.args
-            return _Scores(q, k, outer_scale, softcap, biases, visible, view)
+            return _Scores(q, k, outer_scale, softcap, biases, visible, view, gains)
         elif is_op(node, aten.baddbmm):
             beta, alpha = float(node.kwargs.get("beta", 1.0)), float(node.kwargs.get("alpha", 1.0))
-            if beta != 1.0 or outer_scale != 1.0:
+            if beta != 1.0 or outer_scale != 1.0 or gains:
                 return None
             bias, q, k = node.args[:3]
             return _Scores(q, k, alpha, softcap, [*biases, bias], visible, view)
         else:
             return None
+    return None
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether scores pass as they are: 0 added, or raised to the lowest number that a dtype has."""
+    if is_op(node, aten.add):
+        return len(node.args) == 2 and _number(node.args[1]) == 0.0
+    if is_op(node, aten.max, aten.maximum, aten.clamp_min) and len(node.args) == 2:
+        low = _number(node.args[1])
+        return low is not None and low < _HIDDEN
+    return False
+
+
+def _gain(node: fx.Node) -> fx.Node | None:
+    """The factor of scores that is the same for all keys."""
+    first, second = node.args
+    if not isinstance(second, fx.Node) or not _holds_scores(first):
+        return None
+    shape, scores = second.meta["val"].shape, node.meta["val"].shape
+    fits = len(shape) <= len(scores) and bool(shape) and isinstance(shape[-1], int) and shape[-1] == 1
+    return second if fits and second.meta["val"].dtype == node.meta["val"].dtype else None
+
+
+def _kept(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Scores s and a mask m of ones and zeros behind `s * m + (1 - m) * low`, or None."""
+    sides = [a for a in node.args if is_op(a, aten.mul)]
+    if len(sides) != 2:
+        return None
+    for scored, hidden in (sides, reversed(sides)):
+        scores, mask = scored.args  # type: ignore[union-attr]
+        rest, low = hidden.args  # type: ignore[union-attr]
+        if not is_op(rest, aten.rsub) or rest.args[0] is not mask or (_number(low) or 0) > _HIDDEN:  # type: ignore[union-attr]
+            continue
+        table = through(mask, aten.slice, aten.to)
+        table = table.meta.get("constant") if isinstance(table, fx.Node) else None
+        if table is not None and bool(((table == 0) | (table == 1)).all()) and _number(rest.args[1]) == 1.0:  # type: ignore[union-attr]
+            return scores, mask
     return None
 
 
@@ -153,6 +202,8 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
     q, k, v = found.q, found.k, product.args[1]
     if not isinstance(v, fx.Node) or not isinstance(k, fx.Node) or q.meta["val"].dim() not in (3, 4):
         return
+    if q.meta["val"].dim() == 3 and found.gains:
+        return
     rank = q.meta["val"].dim()
     if rank == 3 and (found.view is None or found.view.meta["val"].dim() != 4):
         return
@@ -172,12 +223,16 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
             keys, v = heads_repeated(keys), heads_repeated(v)
         mask: fx.Node | None = None
         for shown, positive in found.visible:
+            shown = shown if shown.meta["val"].dtype == torch.bool else call(aten.to.dtype, shown, torch.bool)
             part = shown if positive else call(aten.logical_not.default, shown)
             mask = part if mask is None else call(aten.logical_and.default, mask, part)
         for bias in found.biases:
             if is_op(bias, aten.zeros):
                 continue
-            bias = _four(bias, batch, heads, call) if rank == 3 and bias.meta["val"].dim() == 3 else bias
+            if rank == 3 and bias.meta["val"].dim() == 3:
+                bias = _four(bias, batch, heads, call)
+            for _ in range(bias.meta["val"].dim(), 4):
+                bias = call(aten.unsqueeze.default, bias, 0)
             shown = visibility(bias)
             if shown is not None and mask is None:
                 mask = shown
@@ -187,6 +242,8 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
                 mask = call(aten.add.Tensor, _additive(mask, q, call), _additive(bias, q, call))
         if mask is not None and mask.meta["val"].dim() != 4:
             return
+        for gain in found.gains:
+            q = call(aten.mul.Tensor, q, gain)
         result = call(
             torch.ops.graphopt.attention.default,
             q, keys, v, mask, None, found.scale, False, None, found.softcap,

@@ -91,6 +91,8 @@ class _Cutter:
             dim = node.args[1] % len(self.labels.of(node.args[0]))  # type: ignore[operator,arg-type]
             sizes = [self._size(axes[dim + i], old) for i, old in enumerate(node.args[2])]  # type: ignore[arg-type]
             today.args = (today.args[0], today.args[1], sizes)
+        elif packet is aten.repeat:
+            self._fix_repeat(node, today, axes)
         elif packet is aten.repeat_interleave or isinstance(axes[0], list):
             return
         else:
@@ -138,6 +140,15 @@ class _Cutter:
         today.target = aten.split_with_sizes.default
         today.args = (today.args[0], sizes, dim)
         today.kwargs = {}
+
+    def _fix_repeat(self, node: fx.Node, today: fx.Node, axes: list[Axis]) -> None:
+        source = self.labels.of(node.args[0])  # type: ignore[arg-type]
+        counts = list(today.args[1])  # type: ignore[arg-type]
+        source = [()] * (len(counts) - len(source)) + source
+        for position, (axis, before) in enumerate(zip(axes, source, strict=True)):
+            if isinstance(counts[position], int) and counts[position] > 1 and self.touched(axis):
+                counts[position] = kept_size(axis, self.keep) // kept_size(before, self.keep)
+        today.args = (today.args[0], counts)
 
     def _fix_slice(self, node: fx.Node, today: fx.Node) -> None:
         source = self.labels.of(node.args[0])  # type: ignore[arg-type]

@@ -264,6 +264,27 @@ class Labels(RoutingRules):
             lock(axes[position], f"{op_name(node)} at %{node.name} runs over it")
         return [() if i in positions else axis for i, axis in enumerate(axes) if keep or i not in positions]
 
+    def _vector_norm(self, node: fx.Node) -> Axes | None:
+        axes = self._same(node)
+        dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        keep = bool(node.args[3]) if len(node.args) > 3 else bool(node.kwargs.get("keepdim", False))
+        if not dims:
+            return None
+        positions = {d % len(axes) for d in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[operator]
+        for position in positions:
+            lock(axes[position], f"{op_name(node)} at %{node.name} runs over it")
+        return [() if i in positions else axis for i, axis in enumerate(axes) if keep or i not in positions]
+
+    def _batch_norm(self, node: fx.Node) -> Axes | None:
+        """A scale and a shift for each channel: statistics of the batch are no part of an evaluated model."""
+        axes = self._same(node)
+        if node.args[5]:
+            return None
+        for table in node.args[1:5]:
+            if isinstance(table, fx.Node):
+                unify(axes[1], self.of(table)[0], f"channels of %{node.name}")
+        return axes
+
     def _softmax(self, node: fx.Node) -> Axes:
         axes = self._same(node)
         dim = node.args[1] % len(axes)  # type: ignore[operator]
@@ -348,6 +369,8 @@ def _table() -> dict[Any, str]:
         ],
         "_tokens": [torch.ops.graphopt.take_tokens, torch.ops.graphopt.put_tokens],
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
+        "_vector_norm": [aten.linalg_vector_norm],
+        "_batch_norm": [aten.batch_norm],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
         "_cumsum": [aten.cumsum],
         "_triangle": [aten.tril, aten.triu],

@@ -46,3 +46,25 @@ def test_writes_become_values() -> None:
     with torch.no_grad():
         for got, expected in zip(program.module()(x=x), module(x), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+class Pieces(torch.nn.Module):
+    """A tensor made empty and filled piece by piece, and one of which a piece stays empty."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = x.new_empty(x.shape[0], 9)
+        whole[:, 6:] = x[:, :1]
+        whole[:, :6] = x
+        part = torch.zeros(x.shape[0], 9)
+        part[:, :6] = x
+        return whole, part
+
+
+def test_pieces_that_fill_a_tensor_are_joined() -> None:
+    program = capture_module(Pieces(), (Input("x", ("B", 6), torch.float32),))
+    ops = [str(node.target) for node in program.graph.graph.nodes if node.op == "call_function"]
+    assert ops.count("aten.cat.default") == 1
+    assert ops.count("aten.slice_scatter.default") == 1
+    x = torch.randn(5, 6)
+    for got, expected in zip(program.module()(x=x), Pieces()(x), strict=True):
+        torch.testing.assert_close(got, expected)

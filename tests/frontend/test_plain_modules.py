@@ -70,6 +70,26 @@ class HandWrittenGPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
+class EinsumAttention(nn.Module):
+    """Products in Einstein's notation, keys in either order, and rows that see nothing set to zero."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if self.turned:
+            scores = torch.einsum("bhij,bhjk->bhik", q, k.transpose(-1, -2))
+        else:
+            scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
+        probabilities = (scores / 8**0.5).masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
+        y = torch.einsum("bhij,bhjd->bhid", probabilities, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
 class SelfAttention(nn.Module):
     """nn.MultiheadAttention behind a residual."""
 
@@ -108,6 +128,8 @@ CASES = {
     "gpt, fused": (lambda: HandWrittenGPT(fused=True), TOKENS, (3, 5), (3, 3, 3)),
     "encoder, post-norm": (lambda: encoder(False), SOURCE, (2, 7, 32), (3, 3, 3)),
     "encoder, pre-norm": (lambda: encoder(True), SOURCE, (2, 7, 32), (3, 3, 3)),
+    "attention, einsum": (lambda: EinsumAttention(False), HIDDEN, (2, 7, 32), (1, 0, None)),
+    "attention, einsum over turned keys": (lambda: EinsumAttention(True), HIDDEN, (2, 7, 32), (1, 0, None)),
     "attention": (SelfAttention, HIDDEN, (2, 7, 32), (1, 0, None)),
     "convolutions": (
         SmallConvNet,

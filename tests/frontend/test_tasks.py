@@ -61,6 +61,34 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
         {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
         2,
     ),
+    "a mask that multiplies scores": (
+        "OpenAIGPTLMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96},
+        2,
+    ),
+    "scores bounded from below": (
+        "XGLMForCausalLM",
+        {"vocab_size": 96, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 56, "pad_token_id": 0},
+        2,
+    ),
+    "packed queries with biases of their own": ("DebertaForMaskedLM", _TEXT, 2),
+    "scores scaled for each head": (
+        "Swinv2ForImageClassification",
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+        2,
+    ),
+    "attention in batch norms": ("LevitForImageClassification", {"image_size": 64, "depths": [1, 1, 1]}, 5),
+    "attention over depth, sinks for each query": (
+        "Inkling2ForCausalLM",
+        {
+            **_TEXT,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        4,
+    ),
     "time series": (
         "PatchTSMixerForPrediction",
         {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2, "prediction_length": 4},
