@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.backends.index import (
     ZERO,
     Index,
@@ -23,6 +24,7 @@ from graphopt.backends.index import (
     add,
     expression,
     linear,
+    quotient,
     reshape,
     same,
     text_of,
@@ -39,6 +41,7 @@ VIEWS = (*RESHAPES, aten.expand, aten.permute, aten.transpose, aten.t, aten.slic
 CREATIONS = (aten.full, aten.zeros, aten.ones, aten.full_like, aten.zeros_like, aten.ones_like, aten.scalar_tensor,
              aten.arange)  # fmt: skip
 JOINS = (aten.cat, aten.constant_pad_nd)
+DEQUANTISE = torch.ops.graphopt.dequantise
 
 
 def packet(node: Any) -> Any:
@@ -177,6 +180,8 @@ class Emitter:
             return self._cat(node, indices, guard)
         if kind is aten.constant_pad_nd:
             return self._pad(node, indices, guard)
+        if kind is DEQUANTISE:
+            return self._dequantise(node, indices, guard)
         if kind in CASTS:
             value = self.operand(node, node.args[0], indices, guard)
             return self._named(value, value.read(node.meta["val"].dtype, explicit=True), node)
@@ -376,6 +381,34 @@ class Emitter:
         axes = value.axes | condition.axes
         text = f"tl.where({condition.text}, {value.read(dtype)}, {literal(fill, dtype)})"
         return Value(self.line(text, "padded", axes), dtype, axes)
+
+    def _dequantise(self, node: fx.Node, indices: list[Index], guard: Index | None) -> Value:
+        """low + scale * code, the code cut out of the one or two bytes that hold its bits."""
+        packed, scale, low, bits, group, _ = node.args
+        place, rest = indices[-1], indices[:-1]
+        if not isinstance(bits, int) or not isinstance(group, int):
+            raise Unfusable("codes of unknown width")
+        if bits == 8:
+            code = self.value(packed, [*rest, place], guard)
+            text = f"{code.text}.to(tl.float32)"
+        else:
+            start = times(place, bits)
+            byte = quotient(start, 8)
+            code = self.value(packed, [*rest, byte], guard)
+            shift = f"({_bare(start.text)}) % 8"
+            text = f"({code.text}.to(tl.int32) >> ({shift}))"
+            if 8 % bits:
+                # A code may end in the next byte; the last one of a row never does.
+                inside = Index(f"({shift} > {8 - bits})", place.axes)
+                further = self.value(packed, [*rest, add(byte, Index("1"))], _both(guard, inside))
+                text = f"({text} | ({further.text}.to(tl.int32) << (8 - {shift})))"
+            text = f"({text} & {2**bits - 1}).to(tl.float32)"
+        where = [*rest, quotient(place, group)]
+        step, least = self.value(scale, where, guard), self.value(low, where, guard)
+        axes = code.axes | step.axes | least.axes | place.axes
+        dtype = node.meta["val"].dtype
+        text = f"{least.read(torch.float32)} + {step.read(torch.float32)} * {text}"
+        return Value(self.line(text, "weight", axes), dtype, axes)
 
     def helper_sources(self) -> list[str]:
         """Functions that the written text calls."""

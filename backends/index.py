@@ -98,6 +98,15 @@ def times(index: Index, size: Size) -> Index:
     return Index(f"{index.text} * {text_of(size)}", index.axes)
 
 
+def quotient(index: Index, size: int) -> Index:
+    """index // size."""
+    if size == 1 or index.text == "0":
+        return index
+    if index.constant is not None:
+        return Index(str(index.constant // size))
+    return Index(f"(({index.text}) // {size})", index.axes)
+
+
 def linear(indices: Sequence[Index], sizes: Sequence[Size]) -> Index:
     """The row-major position of a coordinate tuple."""
     kept = [(i, s) for i, s in zip(indices, sizes, strict=True) if not same(s, 1)]

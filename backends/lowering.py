@@ -14,6 +14,7 @@ from graphopt.backends import attention, loops, products
 from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
+from graphopt.backends.prepare import share_factors
 from graphopt.backends.report import CallReport, GroupReport, library_reports
 from graphopt.diagnostics import PlanError
 
@@ -114,6 +115,7 @@ def lower_graph(graph: fx.GraphModule, target: str, options: Options) -> Lowered
             return Lowered(lambda *a: compiled(list(a)), target, "Inductor's C++", library=library_calls(graph))
         calls = library_reports(graph.graph, ())
         return Lowered(graph.forward, target, "eager library calls", library=library_calls(graph), calls=calls)
+    share_factors(graph.graph)
     parts = Partition(graph.graph, build, options.template)
     lowered = fx.GraphModule(graph, rebuild(graph.graph, parts, options.interpret))
     mode = "Triton kernels, interpreted" if options.interpret else "Triton kernels"

@@ -142,6 +142,50 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def share_factors(graph: fx.Graph) -> None:
+    """Turn batched products whose right factor is one matrix for the whole batch into plain ones, in place.
+
+    That is how torch spells a linear layer whose input is laid out by heads, the only row of a step of decoding included.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.bmm.default:
+            continue
+        left, right = node.args
+        matrix = right
+        while matrix.target in (aten.view.default, aten._unsafe_view.default):
+            matrix = matrix.args[0]
+        if matrix.target is not aten.expand.default or matrix.args[0].meta["val"].dim() != 2:
+            continue
+        matrix = matrix.args[0]
+        batch, rows, inner = left.meta["val"].shape
+        width = right.meta["val"].shape[2]
+        if not _known(inner, width) or matrix.meta["val"].shape != (inner, width):
+            continue
+        with graph.inserting_before(node):
+            sizes = [_size(graph, left, 0, batch), _size(graph, left, 1, rows)]
+            flat = _call(graph, aten.reshape.default, left, [-1, inner])
+            made = _call(graph, aten.mm.default, flat, matrix)
+            whole = _call(graph, aten.view.default, made, [*sizes, width])
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _known(*sizes: Any) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _size(graph: fx.Graph, node: fx.Node, axis: int, size: Any) -> Any:
+    return size if isinstance(size, int) else _call(graph, aten.sym_size.int, node, axis)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call with the fake value that it gives."""
+    made = graph.call_function(target, args)
+    made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return made
+
+
 def raise_sdpa(graph: fx.GraphModule) -> None:
     """Turn Dynamo's calls of scaled_dot_product_attention without dropout into `graphopt::attention`, in place."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

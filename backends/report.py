@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.backends.emit import packet
 from graphopt.backends.fuse import Group, transparent
 from graphopt.backends.index import product, sizes_of
 from graphopt.backends.kernel import Kernel
@@ -33,7 +34,7 @@ class GroupReport:
         kernel = group.kernel
         moved = sum((_bytes(node) for node in (*kernel.inputs, *kernel.outputs)), sympy.Integer(0))
         flops = sum((_flops(node) for node in group.nodes), sympy.Integer(0))
-        names = tuple(str(node.target).removeprefix("aten.").partition(".")[0] for node in group.nodes)
+        names = tuple(str(packet(node)).rpartition(".")[2] for node in group.nodes)
         return cls(kernel, names, sympy.expand(moved), sympy.expand(flops))
 
     @property

@@ -1,6 +1,9 @@
 """torch's op database through `torch.compile(backend=...)` on a CPU: every sample beside eager, op by op.
 
-python benchmarks/op_db.py --backend graphopt --dtype float32 --out out/op_db.json
+python benchmarks/op_db.py --backend graphopt --dtype float32 --out benchmarks/results/op_db.json
+
+The file holds one run for each backend, dtype and option, is written every few ops, and a run that was stopped goes on
+where it was; `--again` starts anew. `--table` prints what the file holds as Markdown.
 
 An op is `ok` when all its samples agree with eager; `wrong` when a result differs; `backend_error` when the backend fails
 where `backend="eager"` captures the op; `not_capturable` when that fails too; `random`
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import time
 import warnings
@@ -120,41 +124,67 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60, help="limit for one op")
     parser.add_argument("--ops", nargs="*", help="only these")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--again", action="store_true", help="forget what the file holds of this run")
+    parser.add_argument("--table", action="store_true", help="print the file as a table and run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.out.read_text())))
+        return
     warnings.simplefilter("ignore")
-    torch._logging.set_logs(all=50)
+    torch._logging.set_logs(all=logging.CRITICAL)
     from torch.testing._internal.common_methods_invocations import op_db
 
     dtype = getattr(torch, arguments.dtype)
     options = {"interpret": True} if arguments.interpret else None
-    found: dict[str, tuple[str, str]] = {}
-    started = time.perf_counter()
-    for op in op_db:
+    known = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
+    key = " ".join([arguments.backend, arguments.dtype, f"{arguments.samples} samples", *(options or ())])
+    run = {} if arguments.again else known.get(key, {})
+    if run.get("torch", torch.__version__) != torch.__version__:
+        run = {}
+    classes: dict[str, str] = run.get("classes", {})
+    reasons: dict[str, str] = run.get("reasons", {})
+    seconds, started = run.get("seconds", 0.0), time.perf_counter()
+
+    def store() -> None:
+        known[key] = {
+            "torch": torch.__version__,
+            "seconds": round(seconds + time.perf_counter() - started, 1),
+            "counts": dict(sorted(Counter(classes.values()).items())),
+            "reasons": reasons,
+            "classes": classes,
+        }
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            scratch = arguments.out.with_suffix(".part")
+            scratch.write_text(json.dumps(known, indent=1) + "\n")
+            scratch.replace(arguments.out)
+
+    for position, op in enumerate(op_db):
         name = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
-        if (arguments.ops and name not in arguments.ops) or dtype not in op.supported_dtypes("cpu"):
+        if name in classes or (arguments.ops and name not in arguments.ops) or dtype not in op.supported_dtypes("cpu"):
             continue
         try:
             with limit(arguments.seconds):
-                found[name] = judge(op, dtype, arguments.backend, options, arguments.samples)
+                classes[name], reason = judge(op, dtype, arguments.backend, options, arguments.samples)
         except TimeoutError as error:
-            found[name] = ("timeout", str(error))
-        if found[name][0] in ("wrong", "backend_error", "timeout"):
-            print(f"{name}: {found[name][0]} {found[name][1]}", flush=True)
-    counts = dict(Counter(kind for kind, _ in found.values()))
-    result = {
-        "backend": arguments.backend,
-        "options": options,
-        "dtype": arguments.dtype,
-        "samples": arguments.samples,
-        "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - started, 1),
-        "counts": counts,
-        "not_ok": {name: list(each) for name, each in found.items() if each[0] != "ok"},
-    }
-    print(json.dumps({key: result[key] for key in ("backend", "dtype", "seconds", "counts")}))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            classes[name], reason = "timeout", str(error)
+        if reason:
+            reasons[name] = reason
+        if classes[name] in ("wrong", "backend_error", "timeout"):
+            print(f"{name}: {classes[name]} {reason}", flush=True)
+        if position % 20 == 0:
+            store()
+    store()
+    print(json.dumps({"run": key, "seconds": known[key]["seconds"], "counts": known[key]["counts"]}))
+
+
+def table(known: dict[str, Any]) -> str:
+    """The runs of a file as a Markdown table."""
+    kinds = ("ok", "wrong", "backend_error", "not_capturable", "random", "no_samples", "timeout")
+    lines = ["| run | " + " | ".join(kinds) + " | seconds |", "|---|" + "---:|" * (len(kinds) + 1)]
+    for key, run in known.items():
+        lines.append(f"| {key} | {' | '.join(str(run['counts'].get(kind, 0)) for kind in kinds)} | {run['seconds']} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
