@@ -18,7 +18,7 @@ from graphopt.ir.program import Program, specialise
 from graphopt.ops.cached import attend, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
 from graphopt.ops.library import rotary
-from graphopt.runtime.native import NATIVE, rms_norm, turn
+from graphopt.runtime.native import NATIVE, pack, packed_linear, packs, rms_norm, turn
 from graphopt.runtime.stages import Stage, counts_rows, place_axis, stages, tables
 
 aten = torch.ops.aten
@@ -26,7 +26,10 @@ aten = torch.ops.aten
 Key: TypeAlias = fx.Node | str
 Values: TypeAlias = dict[Key, Any]
 _WIDE = (torch.float32, torch.float64)
+_VIEWS = (aten.reshape.default, aten.view.default)
 _PAGE, _LINE = 4096, 64
+# Bytes from which on packed weights are also faster for one row; below, the call costs more than it saves.
+_LARGE = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ class _Writer:
         if last is not None and last.target in (aten.contiguous.default, aten.clone.default):
             chain.append(last)
             last = _only_reader(last)
-        if last is None or last.target not in (aten.reshape.default, aten.view.default):
+        if last is None or last.target not in _VIEWS:
             return result
         sizes = fx.node.map_arg(last.args[1], self._operand)
         self.made |= dict.fromkeys(chain, result)
@@ -264,11 +267,18 @@ class _Writer:
         """One product for a group, of which each member takes its slice."""
         values, name = self.of.values, group[0].name
         weights = [values[node.args[1]] for node in group if node.args[1] in values]
-        weight = self._named(f"weight {name}", lambda: _by_columns(weights))
-        args = [self._value(group[0].args[0]), weight]  # type: ignore[arg-type]
-        if len(group[0].args) > 2 and group[0].args[2] is not None:
-            args.append(self._named(f"bias {name}", lambda: torch.cat([values[node.args[2]] for node in group])))  # type: ignore[index]
-        product = self.graph.call_function(NATIVE[aten.linear.default], tuple(args))
+        biased = len(group[0].args) > 2 and group[0].args[2] is not None
+        bias = (
+            self._named(f"bias {name}", lambda: torch.cat([values[node.args[2]] for node in group])) if biased else None
+        )  # type: ignore[index]
+        x = self._value(group[0].args[0])  # type: ignore[arg-type]
+        if self._packed(group):
+            weight = self._named(f"packed {name}", lambda: pack(torch.cat(weights)))
+            multiply, rest = packed_linear()
+            product = self.graph.call_function(multiply, (x, weight, bias, *rest))
+        else:
+            weight = self._named(f"weight {name}", lambda: _by_columns(weights))
+            product = self.graph.call_function(NATIVE[aten.linear.default], (x, weight, bias))
         if len(group) > 1 and self._split_heads(group, product):
             return
         start = 0
@@ -277,6 +287,13 @@ class _Writer:
             whole = len(group) == 1
             self.made[node] = product if whole else self.graph.call_function(torch.narrow, (product, -1, start, width))
             start += width
+
+    def _packed(self, group: list[fx.Node]) -> bool:
+        """Whether a product reads packed weights: with several rows always, with one if they are large."""
+        if not packs(self.of.dtype, self.of.device):
+            return False
+        entries = sum(node.args[1].meta["val"].numel() for node in group)  # type: ignore[union-attr]
+        return not self.single or entries * self.of.dtype.itemsize >= _LARGE
 
     def _split_heads(self, group: list[fx.Node], product: fx.Node) -> bool:
         """Where every member becomes heads of one size: reshape once, turn those together that turn alike, then slice."""
@@ -339,7 +356,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 def _as_heads(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The view `[B, S, heads, size]` and the transpose `[B, heads, S, size]` that alone read a product."""
     view = _only_reader(node)
-    if view is None or view.target is not aten.view.default or len(view.args[1]) != 4:  # type: ignore[arg-type]
+    if view is None or view.target not in _VIEWS or len(view.args[1]) != 4:  # type: ignore[arg-type]
         return None
     swapped = _only_reader(view)
     if swapped is None or swapped.target is not aten.transpose.int or set(swapped.args[1:]) != {1, 2}:

@@ -13,6 +13,8 @@ import torch
 
 aten = torch.ops.aten
 _nn = torch._C._nn
+# Packed weights are blocked for so many rows; other numbers read the same blocks.
+_ROWS = 8
 
 NATIVE: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
@@ -54,6 +56,22 @@ NATIVE: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.view.default: torch.Tensor.view,
 }
+
+
+def packs(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether products of this kind have packed weights: float32 on a CPU, where torch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and dtype == torch.float32 and torch.device(device).type == "cpu"
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A weight `[out, in]` in oneDNN's blocked layout, which `packed_linear()` alone reads."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return packed
+
+
+def packed_linear() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The product of x `[.., in]`, a packed weight and a bias or None, and what it takes behind them."""
+    return torch.ops.mkldnn._linear_pointwise.default, ("none", (), "")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: torch.Tensor, share: float) -> torch.Tensor:

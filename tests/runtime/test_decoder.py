@@ -116,6 +116,20 @@ def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: 
             torch.testing.assert_close(logits[row, 0], whole(run, torch.cat([text, more[row]])[None])[0, -1], **CLOSE)
 
 
+@pytest.mark.parametrize("large", [0, 2**40])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_weights_give_the_same_products(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.runtime.lower._LARGE", large)
+    decoder, ids = Decoder(cached(name), torch.float32), tiny.tokens(1, 12)
+    expected = whole(pair(name)[1], ids)
+    held, start = decoder.cache(1, 16), 0
+    for count in (5, 1, 4, 2):
+        logits = decoder.step(held, ids[:, start : start + count])[0]
+        torch.testing.assert_close(logits.double(), expected[:, start : start + count], rtol=1e-4, atol=1e-4)
+        held.commit(count)
+        start += count
+
+
 def test_truncated_and_reordered_rows_go_on_as_if_nothing_else_had_been() -> None:
     decoder, run = pair("llama")
     ids = tiny.tokens(2, 9)
