@@ -72,8 +72,9 @@ class Cache:
         """
         if isinstance(kept, int) and not self.held:
             lengths = self.lengths + kept
-            if kept < 0 or int(lengths.max()) > self.capacity:
-                raise ValueError(f"{int(lengths.max())} entries do not fit a cache of {self.capacity}")
+            longest = max(lengths.tolist())
+            if kept < 0 or longest > self.capacity:
+                raise ValueError(f"{longest} entries do not fit a cache of {self.capacity}")
             self.lengths = lengths
         elif isinstance(kept, int):
             self._raise(torch.full_like(self.lengths, kept))

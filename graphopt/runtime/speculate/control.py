@@ -8,6 +8,9 @@ from typing import Protocol
 
 from graphopt.runtime.speculate.log import Event
 
+_PAUSE = 4
+"""Steps behind a trial that was too dear before the next one is thought of: thinking, too, takes time."""
+
 
 class Controller(Protocol):
     """Chooses a budget before each step from what the steps before it told. It never changes what is emitted.
@@ -66,7 +69,7 @@ class Goodput:
         self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}
         self._means: dict[int, tuple[float, float]] = {}
         self._last = dict.fromkeys(self.budgets, 0)
-        self._count = 0
+        self._count = self._ask = 0
         self._purse = 0.0
         self._now = self._best = 1
 
@@ -78,11 +81,15 @@ class Goodput:
     def budget(self) -> int:
         """The budget under trial, or the best so far."""
         self._now = self._best
+        if self._count < self._ask:
+            return self._now
         others = [b for b in self.budgets if b != self._best]
         if others and 1 in self._means:
             trial = max(others, key=lambda b: (len(self._steps[b]) == 1, -self._last[b]))
             if len(self._steps[trial]) == 1 or self._loss(trial) <= self._purse:
                 self._now = trial
+            else:
+                self._ask = self._count + _PAUSE
         return self._now
 
     def best(self) -> int:
@@ -101,8 +108,9 @@ class Goodput:
         elif len(steps) == 2:
             self._pay(2 * min(steps)[0], steps[0][1] + event.emitted)
         elif len(steps) > 2:
-            # Rows cost at most a plain step each; what is above that is an interruption.
-            self._pay(min(seconds, now * self._means[1][0]), event.emitted)
+            # Rows cost at most a plain step each; what verifying takes above that is an interruption.
+            verifying = min(seconds - event.drafting, now * self._means[1][0])
+            self._pay(event.drafting + verifying, event.emitted)
         # Means of plain steps change little, and counting them costs as much as a trial should.
         if len(steps) > 1 and (now > 1 or len(steps) < 8 or self._count % 8 == 0):
             if 1 not in self._means:

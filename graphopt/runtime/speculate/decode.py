@@ -96,7 +96,7 @@ class Speculator:
         token = self.accept.first(values[0][0, 0])
         cache.commit(1)
         if self.drafter is not None:
-            self.drafter.observe(self._rows(Tree.root(root), values, cache), (0,))
+            self.drafter.observe(self._rows((root,), (-1,), values, cache), (0,))
         self._told(log, Event(1, 1, 0, self.clock() - started))
         return [token]
 
@@ -108,11 +108,13 @@ class Speculator:
         """Results of the program for the nodes of a tree behind what the cache holds."""
         ids = torch.tensor([tree.token])
         values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
-        return self._rows(tree, values, cache)
+        return self._rows(tree.token, tree.parent, values, cache)
 
-    def _rows(self, tree: Tree, values: tuple[torch.Tensor, ...], cache: Cache) -> Rows:
+    def _rows(
+        self, token: tuple[int, ...], parent: tuple[int, ...], values: tuple[torch.Tensor, ...], cache: Cache
+    ) -> Rows:
         outputs = {name: value[0] for name, value in zip(self.decoder.program.entry.outputs, values, strict=True)}
-        return Rows(tree.token, tree.parent, next(iter(outputs.values())), outputs, cache)
+        return Rows(token, parent, next(iter(outputs.values())), outputs, cache)
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
