@@ -60,7 +60,7 @@ NATIVE: dict[Any, Callable[..., Any]] = {
 
 def packs(dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether products of this kind have packed weights: float32 on a CPU, where torch has oneDNN."""
-    return torch.backends.mkldnn.is_available() and dtype == torch.float32 and torch.device(device).type == "cpu"
+    return dtype == torch.float32 and torch.device(device).type == "cpu" and bool(torch.backends.mkldnn.is_available())
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
