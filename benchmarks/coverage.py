@@ -75,6 +75,10 @@ def run_class(auto: str, model_type: str, surgeries: bool = True) -> dict[str, A
         except GraphoptError as error:
             return {**row, "captures": _short(error)}
         row |= {"captures": "ok", "dims": _fixed(program), "equal": _equal(model, program)}
+        if any(spec.role == "pictures" for spec in program.entry.inputs):
+            inputs = random_inputs(program, _sizes(program, {"B": 2, "S": 19}), 3)
+            inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+            row["exist"] = count_parts(model, inputs)
         return row | _views_and_cuts(program, surgeries)
 
 
@@ -100,7 +104,7 @@ def _views_and_cuts(program: Program, surgeries: bool) -> dict[str, Any]:
     row["found"] = {
         "blocks": len(views.blocks),
         "attentions": len(views.attentions),
-        "feed_forwards": len(views.feed_forwards),
+        "feed_forwards": sum(len(block.feed_forwards) for block in views.blocks),
         "unseen": [f"{u.what}: {u.reason}" for u in views.unseen][:6],
     }
     if surgeries:

@@ -48,7 +48,7 @@ SELECTED = {
     "time_series": "patchtsmixer patchtst timesfm timesfm2_5",
     "mask_generation": "sam sam2 sam_hq",
     "object_detection": "detr conditional_detr deformable_detr table-transformer rt_detr d_fine yolos",
-    "segmentation": "detr maskformer mask2former oneformer",
+    "segmentation": "detr maskformer mask2former eomt",
 }
 # Classes of the task that no auto class lists.
 OUTSIDE_MAPPINGS = {"time_series": {"patchtsmixer": "PatchTSMixerForPrediction", "patchtst": "PatchTSTForPrediction"}}
@@ -91,6 +91,9 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
+    "image_token_id": 90,
+    "image_token_index": 90,
+    "projection_dim": 32,
 }
 _LATENT = {
     "q_lora_rank": 16,
@@ -197,6 +200,11 @@ def _shrink(cls: Any, given: dict[str, Any], recipe: dict[str, Any]) -> Any:
         part = getattr(defaults, name, None)
         if part is not None and name not in recipe:
             values[name] = _shrink(type(part), {}, recipe)
+    if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
+        # The axes of a picture share the rotated pairs of a head among them.
+        rope = known.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
+        pairs = recipe.get("head_dim", 8) // 2
+        values["rope_parameters"] = {**rope, "mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}
     depth = getattr(defaults, "num_hidden_layers", None)
     for name, value in known.items():
         # Lists with an entry a layer: as many entries of each kind as there are layers.
@@ -262,16 +270,20 @@ def _randomise(model: Any) -> None:
 
 
 def sample_inputs(model: Any, batch: int = 2, seq: int = 19) -> dict[str, torch.Tensor]:
-    """Random inputs at given sizes, for the inputs that graphopt would capture with."""
-    from graphopt.frontend.signature import model_inputs
+    """Random inputs at given sizes, for the inputs that graphopt would capture with; each row of tokens comes to an end."""
+    from graphopt.frontend.signature import SOUND, model_inputs
 
     generator = torch.Generator().manual_seed(3)
+    seq = SOUND if any(spec.name == "input_values" for spec in model_inputs(model)) else seq
     sizes = {"B": batch, "S": seq}
     made = {}
     for spec in model_inputs(model):
         shape = [sizes.get(size, seq) if isinstance(size, str) else size for size in spec.shape]
         if spec.role == "tokens":
             made[spec.name] = torch.randint(3, 90, shape, generator=generator)
+            end = getattr(model.config, "eos_token_id", None)
+            if isinstance(end, int) and 0 <= end < 90:
+                made[spec.name][:, -1] = end
         elif spec.role == "padding":
             made[spec.name] = torch.ones(shape, dtype=spec.dtype)
         elif spec.role == "positions":
@@ -306,6 +318,7 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
     counts = {"blocks": 0, "attentions": 0, "feed_forwards": 0, "experts": 0}
     inside: list[tuple[str, Any]] = []
     softmax: set[int] = set()
+    products: set[int] = set()
     handles = []
 
     def enter(module: Any, *_: Any) -> None:
@@ -313,14 +326,14 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
 
     def leave(module: Any, *_: Any) -> None:
         inside.pop()
-        if id(module) in softmax:
-            softmax.discard(id(module))
-            counts["attentions"] += 1
+        counts["attentions"] += id(module) in softmax and id(module) in products
+        softmax.discard(id(module))
+        products.discard(id(module))
 
     def block_called(module: Any, _: Any, result: Any) -> None:
         counts["blocks"] += 1
         result = result if isinstance(result, torch.Tensor) else result[0]
-        dense, banks = _feed_forwards(module, result.shape[-1])
+        dense, banks = _feed_forwards(module, set(result.shape[1:]))
         counts["feed_forwards"] += dense
         counts["experts"] += banks
 
@@ -329,6 +342,10 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
             name = getattr(function, "__name__", "")
             if inside and ("softmax" in name or name == "scaled_dot_product_attention"):
                 softmax.add(id(inside[-1][1]))
+            factors = [a for a in (args[1:] if name == "einsum" else args) if isinstance(a, torch.Tensor)]
+            weighs = name in ("matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+            if inside and weighs and not any(isinstance(a, torch.nn.Parameter) for a in factors):
+                products.add(id(inside[-1][1]))
             return function(*args, **(kwargs or {}))
 
     for module in model.modules():
@@ -355,13 +372,18 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
         if not deep:
             continue
         inner = [m for child in deep for m in child.modules() if isinstance(m, torch.nn.ModuleList)]
-        nested = [m for m in inner if any(_looks_like_block(c) and _linears_outside_mixers(c) > 1 for c in m)]
+        nested = [m for m in inner if any(_mixes(c) and _linears_outside_mixers(c) > 1 for c in m)]
         if nested and not any(_looks_like_block(child, nested) for child in deep):
             continue  # Groups of layers (stages): their members are the blocks.
         taken.append(name)
         for index, child in enumerate(module):
             if child in deep:
                 yield f"{name}.{index}", child
+
+
+def _mixes(module: Any) -> bool:
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d)
+    return _looks_like_block(module) or any(isinstance(part, convolutions) for part in module.modules())
 
 
 def _looks_like_block(module: Any, without: list[Any] = ()) -> bool:  # type: ignore[assignment]
@@ -397,8 +419,8 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
-def _feed_forwards(block: Any, width: int) -> tuple[int, int]:
-    """Dense feed-forwards and expert banks of one block whose residual stream is `width` wide."""
+def _feed_forwards(block: Any, widths: set[int]) -> tuple[int, int]:
+    """Dense feed-forwards and expert banks of one block, the axes of whose result are `widths`."""
     mixers, banks, lists = [], [], []
     for name, module in block.named_modules():
         kind = type(module).__name__.lower()
@@ -418,7 +440,7 @@ def _feed_forwards(block: Any, width: int) -> tuple[int, int]:
     dense = 0
     for down in linears:
         ups = [up for up in linears if up[0] == down[1] and up[1] in (down[0], 2 * down[0]) and up != down]
-        dense += bool(ups) and down[0] != down[1] == width
+        dense += bool(ups) and down[0] != down[1] and down[1] in widths
     outer = [n for n in banks if not any(n.startswith(m + ".") for m in mixers)]
     listed = [
         n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from graphopt.ir.program import Dim, Input
 DECODER = Dim("T", 1, 1 << 20, 13)
 _IMAGE = 224
 _PICTURES = "pixel_values"
+_SAMPLES = "input_values"
+SOUND = 4003
 
 
 def model_inputs(model: Any) -> tuple[Input, ...]:
@@ -30,6 +33,8 @@ def model_inputs(model: Any) -> tuple[Input, ...]:
             inputs.append(Input("attention_mask", ("B", "S"), torch.int64, "padding"))
         if "position_ids" in parameters:
             inputs.append(Input("position_ids", ("B", "S"), torch.int64, "positions"))
+        if _PICTURES in parameters and parameters[_PICTURES].default is inspect.Parameter.empty:
+            inputs.append(Input(_PICTURES, ("B", *_image(model)), torch.float32))
     else:
         for name, shape in _VALUES.items():
             if name in parameters and (found := shape(model)) is not None:
@@ -50,16 +55,25 @@ def with_pictures(model: Any, inputs: tuple[Input, ...], count: int) -> tuple[In
     parameters = list(inspect.signature(model.forward).parameters)
     tokens = any(spec.role == "tokens" for spec in inputs)
     sized = any(isinstance(getattr(config, "image_size", None), int | list | tuple) for config in _configs(model))
-    if not tokens or _PICTURES not in parameters or not sized:
+    given = any(spec.name == _PICTURES for spec in inputs)
+    if not tokens or given or _PICTURES not in parameters or not sized:
         return None
     made = (*inputs, Input(_PICTURES, (count, *_image(model)), torch.float32, "pictures"))
     return tuple(sorted(made, key=lambda spec: parameters.index(spec.name)))
 
 
 def dims_of(inputs: tuple[Input, ...], dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """The dimensions that the inputs have: those given, and the decoder's length where one is read."""
+    """The dimensions that the inputs have: those given, and the decoder's length where one is read.
+
+    Samples of sound are captured at a length that layers of strided convolutions leave some of.
+    """
     used = {size for spec in inputs for size in spec.shape}
-    kept = tuple(dim for dim in dims if dim.name in used)
+    sound = {size for spec in inputs if spec.name == _SAMPLES for size in spec.shape[1:]}
+    kept = tuple(
+        replace(dim, hint=max(dim.hint, SOUND)) if dim.name in sound and dim.low < dim.high else dim
+        for dim in dims
+        if dim.name in used
+    )
     return (*kept, DECODER) if DECODER.name in used and DECODER.name not in {d.name for d in dims} else kept
 
 
@@ -111,7 +125,7 @@ def _series(model: Any) -> tuple[str | int, ...] | None:
 _VALUES: dict[str, Callable[[Any], tuple[str | int, ...] | None]] = {
     _PICTURES: _image,
     "input_features": _features,
-    "input_values": lambda model: ("S",),
+    _SAMPLES: lambda model: ("S",),
     "past_values": _series,
     "input_points": lambda model: (1, 2, 2),
 }

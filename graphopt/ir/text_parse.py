@@ -76,7 +76,7 @@ _PRIVATE = {"_to_copy", "_softmax", "_log_softmax", "_unsafe_view", "_grouped_mm
 _WRITERS = {torch.ops.graphopt.cached_attention.default}
 # Strings select a variant of an op and never name a file (aten::from_file does).
 _STRING_ARGUMENTS = {
-    "approximate", "equation", "indexing", "interpolation", "mode", "ord", "padding", "padding_mode", "reduce",
+    "approximate", "equation", "indexing", "interpolation", "mode", "norm", "ord", "padding", "padding_mode", "reduce",
     "rounding_mode", "side",
 }  # fmt: skip
 _RETURN_TYPES = {"Tensor", "int", "SymInt", "float", "SymFloat", "bool", "SymBool", "number", "Scalar"}

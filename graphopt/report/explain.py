@@ -150,6 +150,8 @@ def _experts(facts: ExpertFacts, width: int) -> str:
 
 _MIXERS = {
     "convolution": "mixes tokens by a convolution",
+    "fourier": "mixes tokens by a Fourier transform",
+    "projection": "mixes tokens by a product over them",
     "recurrence": "mixes tokens by a recurrence (state space or linear attention)",
 }
 

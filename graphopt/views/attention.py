@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
@@ -12,6 +12,10 @@ from graphopt.views.atoms import Atom, flat, size_of
 from graphopt.views.kinds import Attention
 from graphopt.views.labels import Labels
 from graphopt.views.trace import consumer_linear, path, positions, source_linear, stream_source, unrepeated
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul, aten.bmm, aten.einsum)
+_UNCHANGED = (aten.to, aten.view, aten.reshape, aten.clone, aten.masked_fill, aten.slice, aten.mul, aten.transpose)
 
 
 def attention_cores(program: Program) -> tuple[fx.Node, ...]:
@@ -24,6 +28,32 @@ def attention_cores(program: Program) -> tuple[fx.Node, ...]:
         ops.held_attention.default,
     )
     return tuple(node for node in program.graph.graph.nodes if node.target in targets)
+
+
+def unread_softmaxes(program: Program) -> Iterator[fx.Node]:
+    """Softmaxes that weigh activations and are no attention op: attention spelled in a way that is not understood."""
+    for node in program.graph.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in (aten.softmax, aten._softmax):
+            continue
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            for user in current.users:
+                packet = getattr(user.target, "overloadpacket", None)
+                if packet in _PRODUCTS and _weighs(user, current):
+                    yield node
+                    stack.clear()
+                    break
+                if packet in _UNCHANGED and user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+
+
+def _weighs(product: fx.Node, weights: fx.Node) -> bool:
+    """Whether a product is of some weights and another activation."""
+    factors = product.args[1] if product.target is aten.einsum.default else product.args[:2]
+    others = [f for f in factors if f is not weights]  # type: ignore[union-attr]
+    return bool(others) and all(isinstance(f, fx.Node) and "weight" not in f.meta for f in others)
 
 
 def find_attentions(

@@ -89,7 +89,8 @@ class Experts:
 class Mixer:
     """A sub-layer that mixes tokens without a softmax attention: it is recognised, shown and left alone.
 
-    `kind` is `convolution`, or `recurrence` for state-space layers and linear attention.
+    `kind` is `convolution`, `fourier`, `projection` (a product over the tokens), or `recurrence` for state-space layers and
+    linear attention.
     """
 
     path: str

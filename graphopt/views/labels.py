@@ -411,6 +411,9 @@ def _table() -> dict[Any, str]:
             aten.sigmoid,
             aten.tanh,
             aten.softplus,
+            aten.hardswish,
+            aten.hardsigmoid,
+            aten.multiply,
         ],
     }
     return {packet: name for name, packets in names.items() for packet in packets}

@@ -14,7 +14,7 @@ from torch import fx
 
 from graphopt.ir.program import Program
 from graphopt.views.atoms import Atom, Axis, leaves
-from graphopt.views.attention import attention_cores, find_attentions
+from graphopt.views.attention import attention_cores, find_attentions, unread_softmaxes
 from graphopt.views.feed_forward import find_experts, find_feed_forwards
 from graphopt.views.kinds import Attention, Block, Experts, FeedForward, Mixer, SubLayer, Unseen
 from graphopt.views.labels import Labels
@@ -46,6 +46,9 @@ class Views:
                     )
             if attention.kv_group is None and attention.kv_heads > 1:
                 found.append(Unseen(f"attention {attention.path}", attention.core.name, "KV heads have no free axis"))
+        for node in unread_softmaxes(self.program):
+            reason = "its softmax weighs values in a way that is no plain attention; it is left alone"
+            found.append(Unseen(f"attention {path(node)}", node.name, reason))
         found += self._found_feed_forwards[1]
         found += self._found_experts[1]
         if not self.blocks:
@@ -191,4 +194,6 @@ class Views:
 
 def _mixer(member: SubLayer) -> Mixer:
     inner = [path(node) for node in member.nodes if node is not member.exit]
-    return Mixer(common_path(*inner) if inner else path(member.exit), mixing(set(member.nodes)) or "", member.nodes)
+    return Mixer(
+        common_path(*inner) if inner else path(member.exit), mixing(set(member.nodes)) or "projection", member.nodes
+    )

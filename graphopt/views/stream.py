@@ -30,13 +30,25 @@ _RESIDUAL = {
     aten.reshape,
     torch.ops.graphopt.rms_norm,
 }
+_SHAPED = {
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
 _CHOICE = torch.ops.graphopt.top_tokens.default
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.convolution}
 _RECURRENCES = {aten.cumsum, aten.cumprod, aten.tril, aten.triu, aten.einsum, aten.bmm, aten.matmul, aten.logcumsumexp}
 
 
 def starts(program: Program) -> tuple[fx.Node, ...]:
-    """Where residual streams may begin: embeddings of tokens, in graph order, then inputs of numbers."""
+    """Where residual streams may begin: embeddings of tokens, in graph order, inputs of numbers, then their first products.
+
+    A model that scales its input and undoes it at the end has paths past all layers, but none from the first product.
+    """
     given = {spec.name for spec in program.entry.inputs if spec.role in ("tokens", "values", "pictures")}
     embedded: list[fx.Node] = []
     numbers: list[fx.Node] = []
@@ -45,7 +57,23 @@ def starts(program: Program) -> tuple[fx.Node, ...]:
             embedded.append(node)
         elif node.meta.get("input") in given and node.meta["val"].dtype.is_floating_point:
             numbers.append(node)
-    return (*embedded, *numbers)
+    return (*embedded, *numbers, *_first_products(numbers))
+
+
+def _first_products(numbers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Matrix products and convolutions that read inputs of numbers behind no other product."""
+    found: list[fx.Node] = []
+    stack, seen = list(numbers), set(numbers)
+    while stack:
+        for user in stack.pop().users:
+            if user in seen or _is_size(user):
+                continue
+            seen.add(user)
+            if getattr(user.target, "overloadpacket", None) in (aten.linear, aten.addmm, *_CONVOLUTIONS):
+                found.append(user)
+            else:
+                stack.append(user)
+    return found
 
 
 def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[fx.Node]]:
@@ -55,6 +83,9 @@ def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[f
     # Sizes are read off one tensor and used at another, and tokens are chosen by scores: no value passes there.
     back = reachable([result], lambda n: n.all_input_nodes)
     both = {n for n in back if n in forward and not _is_size(n) and n.target is not _CHOICE}
+    if shaped := {n for n in both if getattr(n.target, "overloadpacket", None) in _SHAPED and n is not start}:
+        # Tensors that take a shape alone: what passes through them, and nowhere else, is no value of the stream.
+        both = {n for n in reachable([start], lambda n: n.users if n not in shaped else ()) if n in both - shaped}
     if result not in both:
         return (), both
     if start is result:
@@ -94,7 +125,7 @@ def sublayers(
             (attends, feeds), "other"
         )
         residual = same_shape(entry, exit) and _is_residual(entry, exit, nodes)
-        if residual and not attends and mixing(nodes) is not None:
+        if residual and not attends and (mixing(nodes) is not None or _mixes_by_weights(entry, nodes)):
             kind = "mixer"
         found.append(SubLayer(kind, entry, exit, tuple(sorted(nodes, key=order.__getitem__)), residual))
     return tuple(found)
@@ -128,19 +159,39 @@ def _is_residual(entry: fx.Node, exit: fx.Node, nodes: set[fx.Node]) -> bool:
 
 
 def mixing(nodes: set[fx.Node]) -> str | None:
-    """How a region without attention mixes tokens: `convolution`, `recurrence`, or None when it treats each alone."""
+    """How a region without attention mixes tokens: `convolution`, `fourier`, `recurrence`, or None when it does not."""
     kinds = set()
     for node in nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _CONVOLUTIONS:
             kinds.add("convolution")
+        elif packet is not None and str(packet).startswith("aten.fft_"):
+            kinds.add("fourier")
         elif (
             (packet in _RECURRENCES and _mixes(node, packet))
             or "scan" in str(getattr(node.target, "_name", ""))
             or str(node.target).startswith("while_loop")
         ):
             kinds.add("recurrence")
-    return "recurrence" if "recurrence" in kinds else "convolution" if kinds else None
+    return next((kind for kind in ("recurrence", "fourier", "convolution") if kind in kinds), None)
+
+
+def _mixes_by_weights(entry: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether the first products of a region run over another axis than the stream's width: that of the tokens."""
+    stack, seen = [entry], set()
+    turned = False
+    while stack:
+        for user in stack.pop().users:
+            if user not in nodes or user in seen:
+                continue
+            seen.add(user)
+            packet = getattr(user.target, "overloadpacket", None)
+            if packet in (aten.linear, aten.addmm):
+                read = user.args[1 if packet is aten.addmm else 0]
+                turned |= read.meta["val"].shape[-1] != entry.meta["val"].shape[-1]  # type: ignore[union-attr]
+            elif packet in _RESIDUAL:
+                stack.append(user)
+    return turned
 
 
 def _mixes(node: fx.Node, packet: object) -> bool:

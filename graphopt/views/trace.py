@@ -73,6 +73,7 @@ TRANSPARENT = {
     torch.ops.graphopt.rotary,
     torch.ops.graphopt.rms_norm,
     aten.layer_norm,
+    aten.batch_norm,
     aten.add,
     aten.mul,
     aten.neg,
@@ -160,6 +161,10 @@ def elementwise_sources(labels: Labels, node: fx.Node) -> tuple[list[fx.Node], l
 LAYOUT = {
     aten.view,
     aten.reshape,
+    aten.view_as,
+    aten.reshape_as,
+    aten.flatten,
+    aten.unflatten,
     aten._unsafe_view,
     aten.contiguous,
     aten.split,
@@ -174,6 +179,7 @@ LAYOUT = {
     aten.permute,
     aten.to,
     aten.clone,
+    aten.batch_norm,
     aten.layer_norm,
     torch.ops.graphopt.rms_norm,
 }

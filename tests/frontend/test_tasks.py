@@ -89,12 +89,39 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         4,
     ),
+    "a Fourier transform for attention": ("FNetForMaskedLM", _TEXT, 0),
+    "samples of sound": (
+        "MoonshineForConditionalGeneration",
+        {
+            **_TEXT,
+            "encoder_num_hidden_layers": 2,
+            "decoder_num_hidden_layers": 2,
+            "encoder_num_attention_heads": 4,
+            "decoder_num_attention_heads": 4,
+        },
+        6,
+    ),
+    "time series in patches": (
+        "PatchTSTForPrediction",
+        {
+            "context_length": 32,
+            "patch_length": 8,
+            "patch_stride": 8,
+            "num_input_channels": 2,
+            "prediction_length": 4,
+            "d_model": 32,
+            "num_hidden_layers": 2,
+            "ffn_dim": 56,
+        },
+        2,
+    ),
     "time series": (
         "PatchTSMixerForPrediction",
         {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2, "prediction_length": 4},
         0,
     ),
 }
+_WITHOUT_ATTENTION = {"FNetForMaskedLM": "fourier", "PatchTSMixerForPrediction": "projection"}
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -109,7 +136,9 @@ def test_another_task(task: str) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     program = capture_model(model)
     assert all(dim.low < dim.high for dim in program.dims)
-    inputs = random_inputs(program, {"B": 2, "S": 11, "T": 7}, 0)
+    inputs = random_inputs(
+        program, {"B": 2, "S": max(11, *(2 * dim.low + 1 for dim in program.dims if dim.name == "S"), 0), "T": 7}, 0
+    )
     inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad():
         expected = model(**inputs)
@@ -119,4 +148,10 @@ def test_another_task(task: str) -> None:
     if "attention_mask" in inputs and got[main].shape[:2] == inputs["attention_mask"].shape:
         real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[main][real], expected[main][real], rtol=1e-4, atol=1e-4)
-    assert len(Views(program).attentions) == attentions
+    views = Views(program)
+    assert len(views.attentions) == attentions
+    if name in _WITHOUT_ATTENTION:
+        assert {mixer.kind for mixer in views.mixers} == {_WITHOUT_ATTENTION[name]}
+    if name not in ("Inkling2ForCausalLM",):
+        assert views.blocks
+        assert not [part for part in views.unseen if part.what == "blocks"]
