@@ -46,7 +46,9 @@ def explain(
 
 def _explain_lowered(program: Program, sizes: dict[str, int], source: str | None, *, as_json: bool) -> None:
     """Print the kernels of a program in bfloat16 at given sizes."""
-    names = {dim.name for dim in program.dims}
+    from graphopt.ir.leaving import rooms
+
+    names = {dim.name for dim in program.dims} - set(rooms(program))
     if names != set(sizes):
         raise typer.BadParameter(f"the model's dimensions are {', '.join(sorted(names))}", param_hint="--at")
     import torch
@@ -88,7 +90,9 @@ def cost(
     """Count parameters, bytes, FLOPs and KV bytes, as formulae and at given sizes."""
     sizes = _sizes(at)
     program = _capture(model)
-    names = {dim.name for dim in program.dims}
+    from graphopt.ir.leaving import rooms
+
+    names = {dim.name for dim in program.dims} - set(rooms(program))
     if names != set(sizes):
         raise typer.BadParameter(f"the model's dimensions are {', '.join(sorted(names))}", param_hint="--at")
     from graphopt.cost import cost as count

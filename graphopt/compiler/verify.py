@@ -96,7 +96,11 @@ def _with_placeholders(program: Program, spec: Input, ids: torch.Tensor, text: i
 
 def capacity_of(program: Program, sizes: dict[str, int]) -> dict[str, int]:
     """A capacity for the caches of a program, when it has any: room for the tokens and a few committed entries."""
-    return {"C": sizes["S"] + 5} if program.cached else {}
+    if not program.cached:
+        return {}
+    # Without a prompt nothing leaves, so that caches behind a stage are as long as the others.
+    behind = [dim.name for dim in program.dims if dim.name.startswith("C")]
+    return {"P": 0, **dict.fromkeys(("C", *behind), sizes["S"] + 5)}
 
 
 def vocabulary_of(program: Program) -> int:

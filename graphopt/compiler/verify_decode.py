@@ -1,7 +1,8 @@
 """Verification of decoding: a program with a cache, fed piece by piece, gives what the stateless one gives at once.
 
 Prompts of unequal lengths are prefilled together, then single tokens, several at a time and a tree of two branches
-follow. Every result is compared in float64 with the stateless program's on the whole text, run row by row.
+follow. Every result is compared in float64 with the stateless program's on the whole text, run row by row. Where tokens
+leave, that program chooses them from the prompt, too. Pictures stand in the middle of each prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from graphopt.diagnostics import Diagnostic, Place, VerifyError
+from graphopt.ir.leaving import PROMPT, room, with_prompt
+from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 from graphopt.runtime.cache import sizes_of
 from graphopt.runtime.held import held_of
@@ -23,7 +26,12 @@ BRANCH = 2
 class Session:
     """A program with a cache and what it holds, run in float64 without any shortcut of the runtime."""
 
-    def __init__(self, program: Program, batch: int, capacity: int, context: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, program: Program, batch: int, capacity: int, context: dict[str, torch.Tensor], prompt: int
+    ) -> None:
+        sizes = {"B": batch, "P": prompt}
+        sizes |= {str(s.shape[0]): batch for s in program.entry.inputs if s.role == "pictures"}
+        rooms = room(program, capacity, sizes)
         self.run = program.module(torch.float64)
         self.names = {spec.role: spec.name for spec in program.entry.inputs}
         self.context = dict(context)
@@ -32,21 +40,30 @@ class Session:
             if spec.role == "cache":
                 # What no row has written must not be read.
                 kind, fill = (torch.float64, 1e3) if spec.dtype.is_floating_point else (spec.dtype, -1)
-                self.buffers[spec.name] = torch.full(sizes_of(spec, batch, capacity), fill, dtype=kind)
+                self.buffers[spec.name] = torch.full(sizes_of(spec, batch, capacity, rooms), fill, dtype=kind)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
+        behind = [spec.name for spec in program.entry.inputs if spec.role == "entries"]
+        self.entries = dict.fromkeys(behind, self.lengths)
         self.bounded, self.outputs = held_of(program), program.entry.outputs
         self.results: dict[str, torch.Tensor] = {}
 
-    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor | None = None) -> torch.Tensor:
-        """Results `[B, S, ..]` of new tokens `[B, S]`; `ancestors` `[1, S, S]` makes them a tree."""
+    def __call__(
+        self, tokens: torch.Tensor, ancestors: torch.Tensor | None = None, prompt: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Results `[B, S, ..]` of new tokens `[B, S]`; `ancestors` `[1, S, S]` makes them a tree.
+
+        They are the prompt where `prompt` `[B, S]` says which of them are real.
+        """
         count = tokens.shape[1]
         if ancestors is None:
             ancestors = torch.ones(1, count, count, dtype=torch.bool).tril()
         positions = self.lengths[:, None] + (ancestors.sum(-1) - 1)
         given = {"tokens": tokens, "positions": positions, "lengths": self.lengths, "ancestors": ancestors}
+        given[PROMPT] = tokens[:, :0] if prompt is None else prompt
         with torch.no_grad():
             results = self.run(
                 **{self.names[role]: value for role, value in given.items() if role in self.names},
+                **self.entries,
                 **self.buffers,
                 **self.context,
             )
@@ -59,35 +76,51 @@ class Session:
         for held in self.bounded:
             path = torch.where(steps < counts[:, None], steps, -1)
             held.absorb(self.buffers, self.results, self.lengths, path)
+        began = not bool(self.lengths.any())
+        for stage, (name, held_there) in enumerate(self.entries.items(), 1):
+            self.entries[name] = self.results[f"kept_{stage}"] if began else held_there + counts
         self.lengths = self.lengths + counts
 
 
 def verify_decode(before: Program, after: Program, where: Place | None, step: str) -> dict[str, Any]:
     """The certificate of a step that promises the same decoding; raises VerifyError with the step's place."""
-    from graphopt.compiler.verify import random_inputs, tolerance, vocabulary_of
+    from graphopt.compiler.verify import random_inputs, tolerance
     from graphopt.views import Views
 
     terms = max(max(weight.expr.shape, default=1) for weight in before.weights.weights.values())
     allowed = tolerance(torch.float64, terms * max(1, len(Views(before).blocks)))
-    whole = before.module(torch.float64)
+    choosing = with_prompt(before)
+    whole = choosing.module(torch.float64)
     tokens_name = next(spec.name for spec in before.entry.inputs if spec.role == "tokens")
     errors = [0.0]
-    for seed, lengths in enumerate((*PROMPTS, *_beyond(before, after))):
+    places = sum(splice.entries for splice in splices(before))
+    for seed, plain in enumerate((*PROMPTS, *_beyond(before, after))):
+        lengths = tuple(length + places for length in plain)
         batch, longest = len(lengths), max(lengths)
         extra = sum(PIECES) + 2 * BRANCH
         generator = torch.Generator().manual_seed(seed)
-        text = torch.randint(0, vocabulary_of(before), (batch, longest + extra), generator=generator)
+        text = _words(before, (batch, longest + extra), generator)
+        for splice in splices(before):
+            for row, length in enumerate(plain):
+                text[row, length // 2 : length // 2 + splice.entries] = splice.token
         given = random_inputs(before, {"B": batch, "S": 1}, seed)
         own = {spec.name for spec in before.entry.inputs if spec.role in ("tokens", "padding", "positions")}
         context = {name: value for name, value in given.items() if name not in own}
 
-        def expected(row: int, ids: torch.Tensor, context: dict[str, torch.Tensor] = context) -> torch.Tensor:
+        def expected(
+            row: int,
+            ids: torch.Tensor,
+            context: dict[str, torch.Tensor] = context,
+            lengths: tuple[int, ...] = lengths,
+        ) -> torch.Tensor:
             alone = {name: value[row : row + 1] for name, value in context.items()}
+            if choosing is not before:
+                alone[PROMPT] = torch.ones(1, lengths[row], dtype=torch.int64)
             with torch.no_grad():
                 result: torch.Tensor = whole(**{tokens_name: ids[None], **alone})[0][0]
             return result
 
-        session = Session(after, batch, longest + extra + 3, context)
+        session = Session(after, batch, longest + extra + 3, context, longest)
         full = [expected(row, text[row]) for row in range(batch)]
 
         def compare(got: torch.Tensor, wanted: torch.Tensor, what: str, lengths: tuple[int, ...] = lengths) -> None:
@@ -109,7 +142,8 @@ def verify_decode(before: Program, after: Program, where: Place | None, step: st
                     )
                 )
 
-        result = session(text[:, :longest])
+        real = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(torch.int64)
+        result = session(text[:, :longest], prompt=real)
         for row, length in enumerate(lengths):
             compare(result[row, :length], full[row][:length], "the prefill")
         session.commit(torch.tensor(lengths))
@@ -127,7 +161,7 @@ def verify_decode(before: Program, after: Program, where: Place | None, step: st
         ancestors = torch.eye(len(parents), dtype=torch.bool)
         for node, parent in enumerate(parents[1:], 1):
             ancestors[node] |= ancestors[parent]
-        nodes = torch.randint(0, vocabulary_of(before), (batch, len(parents)), generator=generator)
+        nodes = _words(before, (batch, len(parents)), generator)
         result = session(nodes, ancestors[None])
         for row, start in enumerate(session.lengths.tolist()):
             for path in ([0, 1, 3], [0, 2, 4]):
@@ -143,6 +177,16 @@ def verify_decode(before: Program, after: Program, where: Place | None, step: st
         "largest_relative_error": max(errors),
         "tolerance": allowed,
     }
+
+
+def _words(program: Program, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Random tokens of which none stands for a picture."""
+    from graphopt.compiler.verify import vocabulary_of
+
+    ids = torch.randint(0, vocabulary_of(program), shape, generator=generator)
+    for splice in splices(program):
+        ids = ids.masked_fill(ids == splice.token, (splice.token + 1) % max(2, splice.token))
+    return ids
 
 
 def _beyond(before: Program, after: Program) -> tuple[tuple[int, ...], ...]:

@@ -14,6 +14,7 @@ from torch import fx
 
 from graphopt.cost.flops import node_flops, sizes_of
 from graphopt.cost.formula import formula
+from graphopt.ir.leaving import rooms
 from graphopt.ir.program import Program
 from graphopt.views import Views
 
@@ -153,15 +154,16 @@ def cost(program: Program) -> Cost:
     )
 
 
-def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
-    """From the symbols in a program's shapes to symbols called as its dimensions, B and S."""
+def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Expr]:
+    """From the symbols in a program's shapes to symbols called as its dimensions, B and S, or what these come to."""
+    shorter = rooms(program)
     shapes = {spec.name: spec.shape for spec in program.entry.inputs}
-    found: dict[sympy.Symbol, sympy.Symbol] = {}
+    found: dict[sympy.Symbol, sympy.Expr] = {}
     for node in program.graph.graph.nodes:
         if "input" in node.meta:
             for size, name in zip(sizes_of(node.meta["val"]), shapes[node.meta["input"]], strict=True):
                 if isinstance(name, str) and isinstance(size, sympy.Symbol):
-                    found[size] = sympy.Symbol(name, positive=True, integer=True)
+                    found[size] = shorter.get(name, sympy.Symbol(name, positive=True, integer=True))
     return found
 
 
@@ -296,7 +298,7 @@ def _total(path: str, kind: str, parts: list[Part]) -> Part:
     )
 
 
-def _sum(terms: Iterable[Any], rename: Mapping[sympy.Symbol, sympy.Symbol]) -> sympy.Expr:
+def _sum(terms: Iterable[Any], rename: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
     return sympy.sympify(sympy.Add(*terms)).subs(rename)
 
 

@@ -182,6 +182,8 @@ _FREE = {
     aten.expand_as,
     aten.flatten,
     aten.full_like,
+    aten.new_ones,
+    aten.new_zeros,
     aten.gather,
     aten.group_norm,
     aten.histc,

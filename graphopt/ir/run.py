@@ -53,6 +53,10 @@ def _usual(
     batch, count = ids.shape[:2]
     if spec.role == "padding":
         return torch.ones_like(ids)
+    if spec.role == "prompt":
+        return torch.ones_like(ids if lengths is None else ids[:, :0])
+    if spec.role == "entries":
+        return torch.zeros(batch, dtype=torch.int64)
     if spec.role == "pictures":
         return torch.zeros(0, *spec.shape[1:], dtype=specialise(spec.dtype, model=model, target=target, device=device))
     if spec.role == "positions":
@@ -66,7 +70,7 @@ def _usual(
     if spec.role == "ancestors":
         return torch.ones(1, count, count, dtype=torch.bool).tril()
     if spec.role == "cache" and lengths is None:
-        named = {"C": count}
+        named = {size: count for size in spec.shape if isinstance(size, str) and size.startswith("C")}
         shape = [size if isinstance(size, int) else named.get(size, batch) for size in spec.shape]
         dtype = specialise(spec.dtype, model=model, target=target, device=device)
         # Whole numbers say which token an entry holds: none.

@@ -47,6 +47,9 @@ class Slots:
         self._places: torch.Tensor | None = None
         self._positions = positions
         self._straight: bool | None = True if positions is None else None
+        self.held: tuple[tuple[torch.Tensor, int], ...] = ()
+        """lengths and capacity of the caches behind each stage at which tokens leave"""
+        self._behind: dict[int, Slots] = {}
 
     def _is_chain(self, ancestors: torch.Tensor) -> bool:
         lower = torch.ones(self.count, self.count, dtype=torch.bool, device=ancestors.device).tril()
@@ -56,6 +59,14 @@ class Slots:
     def positions(self) -> torch.Tensor:
         """Logical positions of the new tokens `[B, S]`."""
         return self.at if self._positions is None else self._positions
+
+    def behind(self, stage: int, count: int) -> Slots:
+        """The slots behind a stage at which tokens leave, of which `count` have come that far."""
+        if stage not in self._behind:
+            lengths, capacity = self.held[stage - 1]
+            ancestors = self.ancestors if count == self.count else None
+            self._behind[stage] = Slots(lengths, count, capacity, None, ancestors)
+        return self._behind[stage]
 
     @property
     def causal(self) -> bool:
@@ -181,6 +192,12 @@ def attend(
         else:
             visible = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
     return scaled_attention(q, held, gain, visible, sinks, scale, False, None, softcap)
+
+
+def attend_behind(stage: int, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """`attend` behind a stage at which tokens leave."""
+    k, v, keys, values, slots, *others = rest
+    return attend(q, k, v, keys, values, slots.behind(stage, q.shape[2]), *others)
 
 
 def attend_one(

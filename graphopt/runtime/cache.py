@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from graphopt.diagnostics import PlanError
+from graphopt.ir.leaving import PROMPT, room
 from graphopt.ir.program import Input, Program, specialise
 from graphopt.runtime.held import held_of
 
@@ -16,7 +18,9 @@ class Cache:
 
     `buffers[name]` is `[B, K, C, D]`; `lengths` `[B]` counts committed entries. Buffers that `shared`, the cache of
     another program, has by the same names are those; `own` says whether there are others. A step of the program writes behind
-    them; `commit` keeps what was written. Raises PlanError for a program without a cache.
+    them; `commit` keeps what was written. Where tokens leave, caches behind a stage hold `entries[name]` `[B]` and have
+    room for what `sizes` (of the program's dimensions, of the prompt P and of pictures I) leave of the capacity. Raises
+    PlanError for a program without a cache.
     """
 
     def __init__(
@@ -27,18 +31,20 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         shared: Cache | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs rows and slots, not {batch} and {capacity}")
         self.batch, self.capacity = batch, capacity
         self.buffers: dict[str, torch.Tensor] = {}
         given = {} if shared is None else shared.buffers
+        rooms = room(program, capacity, {"B": batch, **(sizes or {})})
         for spec in program.entry.inputs:
             if spec.role == "cache" and spec.name in given:
                 self.buffers[spec.name] = given[spec.name]
             elif spec.role == "cache":
                 kind = specialise(spec.dtype, model=program.dtype, target=dtype, device=device)
-                self.buffers[spec.name] = torch.zeros(sizes_of(spec, batch, capacity), dtype=kind, device=device)
+                self.buffers[spec.name] = torch.zeros(sizes_of(spec, batch, capacity, rooms), dtype=kind, device=device)
         self.own = any(name not in given for name in self.buffers)
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
@@ -50,17 +56,36 @@ class Cache:
             )
         for held in self.held:
             held.clear(self.buffers)
-        self._growing = [s.name for s in program.entry.inputs if s.role == "cache" and s.shape[2:3] == ("C",)]
+        leaves = [spec.name for spec in program.entry.inputs if spec.role == "entries"]
+        self.entries = {name: torch.zeros_like(self.lengths) for name in leaves}
+        self.rooms = [rooms.get(f"C{stage}", capacity) for stage in range(1, len(leaves) + 1)]
+        self.leaves = any(spec.role == PROMPT for spec in program.entry.inputs)
+        if self.leaves and shared is not None:
+            raise PlanError.of("tokens_leave", "tokens leave this program, so no other one can share its cache")
+        self._prompt: torch.Tensor | None = None
+        self._least = torch.zeros_like(self.lengths)
+        behind = {f"C{stage}": name for stage, name in enumerate(leaves, 1)}
+        self._growing = [
+            (spec.name, behind.get(str(spec.shape[2])))
+            for spec in program.entry.inputs
+            if spec.role == "cache" and isinstance(spec.shape[2], str)
+        ]
         self._outputs = program.entry.outputs
         self._results: dict[str, torch.Tensor] = {}
         # What the decoder works out once for a text, by form of the step: its arguments, and tables by place.
         self.given: dict[str, list[Any]] = {}
         self.tables: dict[str, list[torch.Tensor]] = {}
 
-    def written(self, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Remember the results of a step, of which bounded heads take in what is committed."""
-        if self.held:
+    def written(
+        self, results: tuple[torch.Tensor, ...], prompt: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Remember the results of a step, of which bounded heads take in what is committed.
+
+        `prompt` `[B]` is how many tokens the rows of a step have from which tokens leave.
+        """
+        if self.held or self.entries:
             self._results = dict(zip(self._outputs, results, strict=True))
+            self._prompt = prompt
         return results
 
     def commit(self, kept: int | torch.Tensor) -> None:
@@ -75,6 +100,8 @@ class Cache:
             longest = max(lengths.tolist())
             if kept < 0 or longest > self.capacity:
                 raise ValueError(f"{longest} entries do not fit a cache of {self.capacity}")
+            if self.entries:
+                self._hold(torch.full_like(self.lengths, kept))
             self.lengths = lengths
         elif isinstance(kept, int):
             self._raise(torch.full_like(self.lengths, kept))
@@ -96,19 +123,21 @@ class Cache:
             start, source = int(self.lengths), path[0, : len(kept[0])] + self.lengths
             if start + kept[0][-1] >= self.capacity:
                 raise ValueError(f"{start + kept[0][-1] + 1} entries do not fit a cache of {self.capacity}")
-            for name in self._growing:
+            for name, stage in self._growing:
                 buffer = self.buffers[name]
-                buffer.narrow(2, start, len(source)).copy_(buffer.index_select(2, source))
+                shift = 0 if stage is None else start - int(self.entries[stage])
+                buffer.narrow(2, start - shift, len(source)).copy_(buffer.index_select(2, source - shift))
         else:
             self._move_rows(path)
         self._raise(count, path)
 
     def _move_rows(self, path: torch.Tensor) -> None:
         steps = torch.arange(path.shape[1], device=path.device)
-        source = (self.lengths[:, None] + torch.where(path >= 0, path, steps)).clamp(max=self.capacity - 1)
-        target = (self.lengths[:, None] + steps).clamp(max=self.capacity - 1)
-        for name in self._growing:
-            buffer = self.buffers[name]
+        for name, stage in self._growing:
+            buffer, lengths = self.buffers[name], self.lengths if stage is None else self.entries[stage]
+            last = buffer.shape[2] - 1
+            source = (lengths[:, None] + torch.where(path >= 0, path, steps)).clamp(max=last)
+            target = (lengths[:, None] + steps).clamp(max=last)
             shape = (-1, buffer.shape[1], -1, buffer.shape[3])
             moved = buffer.gather(2, source[:, None, :, None].expand(shape))
             buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
@@ -127,7 +156,22 @@ class Cache:
                 held.absorb(self.buffers, self._results, self.lengths, path)
             # A second commit of the same step would take its entries in twice.
             self._results = {}
+        if self.entries:
+            self._hold(counts)
         self.lengths = self.lengths + counts
+
+    def _hold(self, counts: torch.Tensor) -> None:
+        """What caches behind stages hold grows by what has not left of a prompt, and by every token behind it."""
+        if self._prompt is None:
+            self.entries = {name: held + counts for name, held in self.entries.items()}
+            return
+        if not torch.equal(counts, self._prompt):
+            raise ValueError(
+                f"tokens leave a prompt as a whole: its rows have {self._prompt.tolist()} tokens, not {counts.tolist()}"
+            )
+        for stage, name in enumerate(self.entries, 1):
+            self.entries[name] = self._results[f"kept_{stage}"]
+        self._least, self._prompt = counts, None
 
     def truncate(self, lengths: int | torch.Tensor) -> None:
         """Forget entries: rows keep the first `lengths` (a number or `[B]`) of what they hold.
@@ -144,6 +188,12 @@ class Cache:
                 )
             for held in self.held:
                 held.clear(self.buffers)
+        if self.entries:
+            none = wanted == 0
+            if bool(((wanted < self._least) & ~none).any()) or (bool(none.any()) and not bool(none.all())):
+                raise ValueError("tokens have left the prompt as a whole: truncate to 0 in all rows, or behind it")
+            gone = self.lengths - wanted
+            self.entries = {name: (own - gone).masked_fill(none, 0) for name, own in self.entries.items()}
         self.lengths = wanted.clone()
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -151,13 +201,18 @@ class Cache:
         for buffer in self.buffers.values():
             buffer.copy_(buffer[rows])
         self.lengths = self.lengths[rows]
+        self.entries = {name: held[rows] for name, held in self.entries.items()}
+        self._least = self._least[rows]
 
     def bytes(self) -> int:
         """Bytes of all buffers, as they lie in memory."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
 
 
-def sizes_of(spec: Input, batch: int, capacity: int) -> tuple[int, ...]:
-    """The shape of a cache input for so many rows and entries; its own sizes where it is bounded."""
-    named = {"C": capacity}
+def sizes_of(spec: Input, batch: int, capacity: int, rooms: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a cache input for so many rows and entries; its own sizes where it is bounded.
+
+    `rooms` are the capacities of caches behind stages at which tokens leave.
+    """
+    named = {"C": capacity, **rooms}
     return tuple(size if isinstance(size, int) else named.get(size, batch) for size in spec.shape)

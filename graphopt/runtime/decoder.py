@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from graphopt.diagnostics import PlanError
+from graphopt.ir.leaving import PROMPT
+from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 from graphopt.ops.cached import Slots
 from graphopt.runtime.cache import Cache
@@ -29,16 +31,30 @@ class Decoder:
                 "its draft heads read tokens that are not there yet, so that no step can give their results",
                 help=("decode with a `speculate` step, or extract the results without the heads",),
             )
+        self._placeholders = tuple(splice.token for splice in splices(program))
         with torch.inference_mode():
             self.lowered = Lowered(program, dtype, device)
 
-    def cache(self, batch: int, capacity: int, *, shared: Cache | None = None, **context: torch.Tensor) -> Cache:
+    def cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        shared: Cache | None = None,
+        prompt: int | None = None,
+        **context: torch.Tensor,
+    ) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` entries; `context` are the program's other inputs.
 
+        Where tokens leave, caches behind a stage are shorter by those of a prompt of `prompt` tokens (the longest row's).
         What depends on the context alone (an encoder, its keys and values) is computed here, once. With `shared` it
         lies on the buffers of another program's cache, as far as that program has them.
         """
-        cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared)
+        sizes = {} if prompt is None else {"P": prompt}
+        for spec in self.program.entry.inputs:
+            if spec.role == "pictures":
+                sizes[str(spec.shape[0])] = len(context[spec.name]) if spec.name in context else 0
+        cache = Cache(self.program, batch, capacity, self.dtype, self.device, shared, sizes)
         with torch.inference_mode():
             values = self.lowered.start(context, cache.buffers, capacity)
         for name, form in self.lowered.forms.items():
@@ -47,19 +63,27 @@ class Decoder:
         return cache
 
     def step(
-        self, cache: Cache, tokens: torch.Tensor, *, ancestors: torch.Tensor | None = None
+        self,
+        cache: Cache,
+        tokens: torch.Tensor,
+        *,
+        ancestors: torch.Tensor | None = None,
+        prompt: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Results of new tokens `[B, S]` behind what the cache holds; their entries are written, not yet committed.
 
         `ancestors` `[B or 1, S, S]` (bool, itself included) makes the tokens a tree: token i sees token j where it is
-        true at [i, j], and stands as deep as it has ancestors. Raises ValueError when the cache is full.
+        true at [i, j], and stands as deep as it has ancestors. Where tokens leave, the first step of a text is its whole
+        prompt, of which `prompt` `[B, S]` says which tokens are real (all when None). Raises ValueError when the cache is
+        full, and for pictures behind the prompt.
         """
+        first = self._begins(cache, tokens)
         with torch.inference_mode():
             count = tokens.shape[1]
             positions = None if ancestors is None else cache.lengths[:, None] + (ancestors.sum(-1) - 1)
             slots = Slots(cache.lengths, count, cache.capacity, positions, ancestors)
             # Tables by place serve all rows at once when the rows stand at the same places.
-            if slots.start is None or (ancestors is not None and len(ancestors) > 1):
+            if slots.start is None or (ancestors is not None and len(ancestors) > 1) or (first and cache.leaves):
                 name = "ragged"
             else:
                 name = "token" if count == 1 else "text"
@@ -71,11 +95,31 @@ class Decoder:
                     if positions is None
                     else table.index_select(axis, positions[0])
                 )
+            counts = None
+            if cache.leaves:
+                real = torch.ones_like(tokens) if prompt is None else prompt.to(tokens)
+                real = real if first else real[:, :0]
+                counts = real.sum(-1) if first else None
+                slots.held = tuple(zip(cache.entries.values(), cache.rooms, strict=True))
+                for key, value in ((PROMPT, real), *cache.entries.items()):
+                    if key in form.inputs:
+                        given[form.inputs[key]] = value
             for role in form.inputs:
-                if role != "tokens":
+                if role in ("positions", "lengths", "ancestors"):
                     given[form.inputs[role]] = getattr(slots, role)
             if "ancestors" in form.inputs and ancestors is None:
                 given[form.inputs["ancestors"]] = torch.ones(
                     1, count, count, dtype=torch.bool, device=self.device
                 ).tril()
-            return cache.written(form.call(slots, *given))
+            return cache.written(form.call(slots, *given), counts)
+
+    def _begins(self, cache: Cache, tokens: torch.Tensor) -> bool:
+        """Whether a step is the first of its text; raises ValueError for what only a first one can bring."""
+        if not cache.leaves and not self._placeholders:
+            return False
+        first = not bool(cache.lengths.any())
+        if not first and any(bool((tokens == token).any()) for token in self._placeholders):
+            raise ValueError("pictures stand in the prompt: this step is not the first of its text")
+        if not first and cache.leaves and not bool(cache.lengths.all()):
+            raise ValueError("tokens leave prompts: all rows of a cache begin together")
+        return first

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from graphopt.diagnostics import PlanError
+from graphopt.ir.leaving import with_prompt
 from graphopt.ir.program import Program
 from graphopt.ir.run import Runner
 from graphopt.runtime.decoder import Decoder
@@ -154,6 +155,7 @@ class _Stateless:
         self, run: Runner, mask: torch.Tensor, count: int, names: dict[str, str], context: dict[str, torch.Tensor]
     ) -> None:
         self.run, self.names, self.context = run, names, context
+        self.prompt = mask
         self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], count)], dim=1)
 
     def next(self, text: torch.Tensor) -> torch.Tensor:
@@ -164,6 +166,8 @@ class _Stateless:
         if "positions" in self.names:
             # Padding takes no position: the first real token of every row stands at 0.
             inputs[self.names["positions"]] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if "prompt" in self.names:
+            inputs[self.names["prompt"]] = self.prompt
         return self.run(**inputs, **self.context)[0][:, -1]
 
     def real(self, length: int) -> torch.Tensor:
@@ -176,7 +180,7 @@ class _Cached:
     def __init__(self, decoder: Decoder, mask: torch.Tensor, count: int, context: dict[str, torch.Tensor]) -> None:
         self.decoder, self.mask = decoder, mask
         self.lengths = mask.sum(-1)
-        self.cache = decoder.cache(mask.shape[0], mask.shape[1] + count, **context)
+        self.cache = decoder.cache(mask.shape[0], mask.shape[1] + count, prompt=mask.shape[1], **context)
         self.started = False
 
     def next(self, text: torch.Tensor) -> torch.Tensor:
@@ -187,7 +191,8 @@ class _Cached:
             return logits
         self.started = True
         order = self.mask.argsort(dim=-1, descending=True, stable=True)
-        logits = self.decoder.step(self.cache, text.gather(1, order).to(device))[0]
+        real = self.mask.gather(1, order)
+        logits = self.decoder.step(self.cache, text.gather(1, order).to(device), prompt=real)[0]
         self.cache.commit(self.lengths.to(device))
         return logits[torch.arange(len(logits)), self.lengths - 1]
 
@@ -219,8 +224,13 @@ def _source(
         raise PlanError.of("runner_of_cache", "a program with a cache is run by a Decoder, not by a Runner")
     if "padding" not in names and not bool(mask.all()):
         raise PlanError.of("no_padding", "the program takes no padding, so all prompts must have one length")
-    run = Runner(model, torch.float32, "cpu") if isinstance(model, Program) else model
-    assert isinstance(run, Runner)
+    # What leaves is chosen from the prompt: words behind it never leave, nor change what has left.
+    chosen = with_prompt(program)
+    names = {spec.role: spec.name for spec in chosen.entry.inputs}
+    if isinstance(model, Program):
+        return _Stateless(Runner(chosen, torch.float32, "cpu"), mask, count, names, context)
+    assert isinstance(model, Runner)
+    run = model if chosen is program else Runner(chosen, model.dtype, model.device)
     return _Stateless(run, mask, count, names, context)
 
 

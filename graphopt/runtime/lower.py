@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from graphopt.ir.program import Program, specialise
-from graphopt.ops.cached import attend, attend_one, cached_attention
+from graphopt.ir.leaving import PROMPT, Leaving, leaving
+from graphopt.ir.program import Input, Program, specialise
+from graphopt.ops.cached import attend, attend_behind, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
 from graphopt.ops.library import rotary
 from graphopt.runtime.native import NATIVE, pack, packed_linear, packs, rms_norm, turn
@@ -55,6 +56,7 @@ class Lowered:
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | str) -> None:
         self.program, self.dtype, self.device = program, dtype, device
         self.order: list[fx.Node] = list(program.graph.graph.nodes)
+        self.leaving = leaving(program)
         self.stage = stages(program)
         self.tables = tables(program, self.stage)
         self.values: Values = {}
@@ -66,9 +68,10 @@ class Lowered:
         self.forms = {
             "text": _Writer(self, known).form(),
             "token": _Writer(self, known, single=True).form(),
-            "ragged": _Writer(self, set()).form(),
+            "ragged": _Writer(self, None).form(),
         }
         roles = {spec.name: spec.role for spec in program.entry.inputs}
+        self._pictures = {spec.name: self._none(spec) for spec in program.entry.inputs if spec.role == "pictures"}
         self._rows = [n for n in self.order if counts_rows(n, roles)]
         early = [n for n in self.order if self.stage[n] == Stage.START and n.op != "placeholder"]
         self._early = [n for n in early if n not in self._rows]
@@ -77,6 +80,11 @@ class Lowered:
         for node in [*self._early, *self._placed]:
             wanted.update(node.all_input_nodes)
         self.values = {key: value for key, value in self.values.items() if key in wanted}
+
+    def _none(self, spec: Input) -> torch.Tensor:
+        """No pictures at all."""
+        kind = specialise(spec.dtype, model=self.program.dtype, target=self.dtype, device=self.device)
+        return torch.zeros(0, *(int(size) for size in spec.shape[1:]), dtype=kind, device=self.device)
 
     def _load(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -88,6 +96,11 @@ class Lowered:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         args, kwargs = self.specialised(args), self.specialised(kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def behind(self, keys: fx.Node) -> int:
+        """Behind how many stages at which tokens leave a cache is."""
+        shape = next(spec.shape for spec in self.program.entry.inputs if spec.name == keys.meta["input"])
+        return int(str(shape[2])[1:] or 0) if self.leaving is not None else 0
 
     def specialised(self, arguments: Any) -> Any:
         """Arguments with the dtype and device of this run."""
@@ -120,6 +133,9 @@ class Lowered:
                 if name in buffers:
                     values[node] = buffers[name]
                 elif self.stage[node] == Stage.START:
+                    if name not in context and name in self._pictures:
+                        values[node] = self._pictures[name]
+                        continue
                     if name not in context:
                         raise TypeError(f"input {name!r} is missing: give it where the cache is made")
                     values[node] = context[name].to(self.device)
@@ -144,7 +160,7 @@ class _Writer:
     """Writes one form of the step; `known` nodes are tables, and `single` says that there is one new token a row."""
 
     of: Lowered
-    known: set[fx.Node]
+    known: set[fx.Node] | None
     single: bool = False
     graph: fx.Graph = field(default_factory=fx.Graph)
     made: dict[Key, fx.Node] = field(default_factory=dict)
@@ -156,14 +172,20 @@ class _Writer:
         for node in self.of.order:
             stage = self.of.stage[node]
             if node.op == "output":
-                self.graph.output(fx.node.map_arg(node.args[0], self._operand))
-            elif node.op == "call_function" and stage >= Stage.PLACE and node not in self.known:
-                if node in groups:
+                results = zip(node.args[0], self.of.program.entry.outputs, strict=True)  # type: ignore[arg-type]
+                self.graph.output(tuple(None if self._untold(name) else self._operand(n) for n, name in results))
+            elif node.op == "call_function" and stage >= Stage.PLACE and node not in (self.known or ()):
+                if self._passes(node):
+                    self.made[node] = self._value(node.args[0])  # type: ignore[arg-type]
+                elif node in groups:
                     self._multiply(groups[node])
                 elif node not in self.made:
                     self.made[node] = self._write(node)
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in (attend, attend_one))
-        keys = {node: key for key, node in self.made.items()}
+        self.graph.eliminate_dead_code(
+            lambda n: n.op in ("placeholder", "output") or n.target in (attend, attend_behind, attend_one)
+        )
+        # A value may pass for others, too: what it was made for comes first.
+        keys = {node: key for key, node in reversed(self.made.items())}
         takes = [n for n in self.graph.nodes if n.op == "placeholder" and n is not self.slots and n.users]
         clean = fx.Graph()
         copies = {self.slots: clean.placeholder("slots")}
@@ -175,19 +197,30 @@ class _Writer:
         taken = tuple(keys[node] for node in takes)
         return Form(module.forward, taken, self._inputs(taken), self._tables(taken))
 
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node lets tokens leave, come back or merge, none of which happens behind the prompt."""
+        found = self.of.leaving
+        return self.known is not None and found is not None and _lets_leave(node, found)
+
+    def _untold(self, name: str) -> bool:
+        """Whether a result says how many tokens of a prompt have stayed, in a form that is given none."""
+        return self.known is not None and self.of.leaving is not None and name.startswith("kept_")
+
     def _inputs(self, taken: tuple[Key, ...]) -> dict[str, int]:
         roles = {spec.name: spec.role for spec in self.of.program.entry.inputs}
         found = {}
         for index, key in enumerate(taken):
             if isinstance(key, fx.Node) and "input" in key.meta:
                 role = roles[key.meta["input"]]
-                if role in ("tokens", "positions", "lengths", "ancestors"):
+                if role in ("tokens", "positions", "lengths", "ancestors", PROMPT):
                     found[role] = index
+                elif role == "entries":
+                    found[key.meta["input"]] = index
         return found
 
     def _tables(self, taken: tuple[Key, ...]) -> tuple[tuple[int, int], ...]:
         owners: dict[Key, fx.Node] = {name: sin for sin, name in self.of.signed.items()}
-        owners |= {node: node for node in self.known}
+        owners |= {node: node for node in self.known or ()}
         return tuple((i, place_axis(owners[key]) or 0) for i, key in enumerate(taken) if key in owners)
 
     def _operand(self, node: fx.Node) -> Any:
@@ -219,6 +252,8 @@ class _Writer:
         if node.target is cached_attention:
             head, rest = fx.node.map_arg((args[:5], args[8:]), self._operand)
             mask, sinks, scale, window, softcap = rest
+            if behind := self.of.behind(args[3]):  # type: ignore[arg-type]
+                return call(attend_behind, (behind, *head, self.slots, *rest))
             if self.single and mask is sinks is window is softcap is None:
                 return self._beside(node, call(attend_one, (*head, self.slots, scale)))
             return call(attend, (*head, self.slots, *rest))
@@ -330,13 +365,22 @@ class _Writer:
     def _turns(self, node: fx.Node | None) -> bool:
         """Whether a node is a rotation by tables that `turn` computes."""
         wide = self.of.dtype in _WIDE
-        return node is not None and node.target is rotary and wide and node.args[2] in self.known and _whole(node)
+        return (
+            node is not None and node.target is rotary and wide and node.args[2] in (self.known or ()) and _whole(node)
+        )
 
     def _turn(self, node: fx.Node, x: fx.Node) -> fx.Node:
         _, cos, sin, _ = node.args
         name = self.of.signed.setdefault(sin, f"signed {sin.name}")  # type: ignore[arg-type,union-attr]
         half = cos.meta["val"].shape[-1] // 2  # type: ignore[union-attr]
         return self.graph.call_function(turn, (x, self._value(cos), self._value(name), half))  # type: ignore[arg-type]
+
+
+def _lets_leave(node: fx.Node, found: Leaving) -> bool:
+    ops = torch.ops.graphopt
+    passing = (ops.take_tokens.default, ops.put_tokens.default, ops.merge_tokens.default, ops.merge_windows.default)
+    sizes = [size for size in node.meta["val"].shape if found.level(size) is not None] if node.target in passing else []
+    return bool(sizes) and node in found.needed
 
 
 def _alike(source: fx.Node, rotation: fx.Node, first: fx.Node) -> bool:

@@ -108,6 +108,8 @@ def _broadcasts(user: fx.Node, table: fx.Node) -> bool:
     packet = _packet(user)
     if packet in _READERS:
         return user.args[0] is not table
+    if packet is torch.ops.graphopt.take_tokens:
+        return user.args[0] is table
     return isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
 
 

@@ -6,6 +6,8 @@ import torch
 
 from graphopt.compiler import verify
 from graphopt.ir.extract import extract
+from graphopt.ir.leaving import PROMPT, with_prompt
+from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 from graphopt.passes.cache.insert_cache import InsertCache
 from graphopt.passkit import Context
@@ -45,22 +47,31 @@ def compare(cached: Program, plain: Program, bound: float) -> None:
     drawn = verify.random_inputs(plain, {"B": batch, "S": longest, "T": 4}, 0)
     roles = {spec.name: spec.role for spec in plain.entry.inputs}
     name = next(key for key in drawn if roles[key] == "tokens")
+    # Prompts are shorter than what stands for a picture.
+    for splice in splices(plain):
+        drawn[name] = drawn[name].masked_fill(drawn[name] == splice.token, (splice.token + 1) % max(2, splice.token))
+    drawn[name] = drawn[name][:, :longest]
     context = {key: value for key, value in drawn.items() if roles[key] == "values"}
     # Draft heads that read the tokens to come are the drafter's affair: it runs them by themselves. What bounded heads
     # take in is the cache's.
     first, *rest = cached.entry.outputs
     taken = tuple(f"{held.stem}_new_" for held in held_of(cached))
+    taken = (*taken, "kept_")
     decoder = Decoder(extract(cached, [first, *(name for name in rest if name.startswith(taken))]), torch.float64)
-    whole = plain.module(torch.float64)
-    cache = decoder.cache(batch, longest + STEPS, **context)
+    choosing = with_prompt(plain)
+    whole = choosing.module(torch.float64)
+    cache = decoder.cache(batch, longest + STEPS, prompt=longest, **context)
     rows = [drawn[name][row, :length] for row, length in enumerate(PROMPTS)]
     with torch.no_grad():
-        logits = decoder.step(cache, drawn[name])[0]
+        real = (torch.arange(longest) < torch.tensor(PROMPTS)[:, None]).to(torch.int64)
+        logits = decoder.step(cache, drawn[name], prompt=real)[0]
         cache.commit(torch.tensor(PROMPTS))
         last = [logits[row, length - 1] for row, length in enumerate(PROMPTS)]
         for step in range(STEPS + 1):
             for row, text in enumerate(rows):
                 alone = {key: value[row : row + 1] for key, value in context.items()}
+                if choosing is not plain:
+                    alone[PROMPT] = torch.ones(1, PROMPTS[row], dtype=torch.int64)
                 _close(last[row], whole(**{name: text[None]}, **alone)[0][0, -1], bound, step)
                 if int(cache.lengths[row]) != len(text):
                     raise LawBroken(LAW, f"the cache holds {int(cache.lengths[row])} entries of {len(text)} tokens")

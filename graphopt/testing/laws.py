@@ -234,7 +234,8 @@ def cost_is_counted(case: Trial) -> None:
         mode = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         with torch.no_grad(), mode:
             runner(**inputs)
-        counted = found.at(**verify.capacity_of(after, sizes), **sizes)["flops"]
+        at = {**sizes, **verify.with_pictures(after, sizes)}
+        counted = found.at(**verify.capacity_of(after, at), **at)["flops"]
         _require(
             counted == mode.get_total_flops(), law, f"{counted} FLOPs counted, {mode.get_total_flops()} at {sizes}"
         )

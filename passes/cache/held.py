@@ -23,9 +23,9 @@ ops = torch.ops.graphopt
 class HeldSlot(Slot):
     """A slot of which KV heads `heads` of `kv_heads` hold `entries`; `keys` and `values` are those of the other heads."""
 
-    heads: tuple[int, ...]
-    kv_heads: int
-    entries: int
+    heads: tuple[int, ...] = ()
+    kv_heads: int = 0
+    entries: int = 0
 
     @property
     def grows(self) -> bool:
@@ -123,7 +123,7 @@ def held_slot(slot: Slot, core: fx.Node) -> HeldSlot:
     bounded, sink, recent, heavy, _ = _policy(core, kv_heads)
     free = kv_heads - len(bounded)
     return HeldSlot(
-        slot.view, slot.node, slot.index, (free, size), (free, value_size), slot.dtype, bounded, kv_heads,
+        slot.view, slot.node, slot.index, (free, size), (free, value_size), slot.dtype, slot.level, bounded, kv_heads,
         capacity(sink, recent, heavy),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphopt.passkit.base import Context, Pass
 from graphopt.passkit.facts import Effect, Fact
@@ -26,6 +26,10 @@ class InsertCache(Pass):
     `windows: ring` does the same for attention with a window: its buffers hold as many entries as the window, whatever
     the length of the text, and what has left it is gone, so that such a cache is cut to nothing or not at all.
 
+    Where tokens leave a text (drop_tokens, merge_tokens), the first step takes the whole prompt, an input says which of
+    its tokens are real, and what leaves is chosen there once and for all: later layers have shorter buffers, and results
+    say how many entries of each row they have got. Pictures stand in the prompt.
+
     A model whose tokens meet outside of causal attention (convolutions over time, state spaces, token shift) is
     declined with the name of the node. So is one whose bias has no proven meaning at a cached step. Put passes that
     change heads, widths or layers before this one. `where` has no say in it.
@@ -45,6 +49,7 @@ class InsertCache(Pass):
 
     def plan(self, context: Context) -> Plan:
         """An edit for each attention that decodes, a decline for each that needs no cache; all or none of the former."""
+        from graphopt.ir.follow import Lost
         from graphopt.ir.rewriter import Rewriter
         from graphopt.passes.cache.places import Unplaceable
         from graphopt.passes.cache.sequence import Sequence
@@ -57,7 +62,10 @@ class InsertCache(Pass):
             return Plan((), (Decline("model", "it does not take one batch of tokens [B, S]"),))
         if not attentions:
             return Plan((), (Decline("model", "no attention was found, so there is nothing to cache"),))
-        sequence = Sequence(program, tokens)
+        try:
+            sequence = Sequence(program, tokens)
+        except Lost as error:
+            return Plan((), (Decline("model", f"tokens leave, and it cannot be told which: {error}"),))
         growing = [a for a in attentions if a.core in sequence.live and a.core.args[1] in sequence.live]
         declines = [
             Decline(_name(a), "its keys do not grow with the decoded text: they are computed once")
@@ -72,7 +80,7 @@ class InsertCache(Pass):
             reasons = dict.fromkeys(
                 (_name(a) for a in growing), f"tokens meet outside of attention, at %{node.name}{where}: {what}"
             )
-        edits = [self._slot(index, a) for index, a in enumerate(growing)]
+        edits = [self._slot(index, a, sequence) for index, a in enumerate(growing)]
         # Tables by key position are as long as the buffers that grow, so the first of these comes first.
         edits.sort(key=lambda slot: not slot.grows)
         if not reasons and edits:
@@ -82,7 +90,7 @@ class InsertCache(Pass):
                 for slot in edits:
                     stage.buffers(slot)
                     stage.mask(program.nodes[slot.node])
-            except Unplaceable as error:
+            except (Unplaceable, Lost) as error:
                 reasons = {_name(a): f"its places have no proven meaning at a cached step: {error}" for a in growing}
         if reasons:
             other = "another attention cannot be cached: " + next(iter(reasons.values()))
@@ -90,7 +98,7 @@ class InsertCache(Pass):
             return Plan((), tuple(declines))
         return Plan(tuple(edits), tuple(declines))
 
-    def _slot(self, index: int, attention: Attention) -> Slot:
+    def _slot(self, index: int, attention: Attention, sequence: Sequence) -> Slot:
         from graphopt.ops import bounded_attention
         from graphopt.passes.cache.held import held_slot
         from graphopt.passes.cache.slots import Slot
@@ -103,6 +111,7 @@ class InsertCache(Pass):
             (int(k.shape[1]), int(k.shape[3])),
             (int(v.shape[1]), int(v.shape[3])),
             k.dtype,
+            _level(sequence, k.shape[2]),
         )
         core, window, mask = attention.core, attention.core.args[7], attention.core.args[3]
         computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
@@ -122,9 +131,12 @@ class InsertCache(Pass):
         for name, side in (("queries", q), ("keys", k), ("values", v)):
             shape = side.meta["val"].shape  # type: ignore[union-attr]
             sizes = [expression(size) for size in shape]
-            whole = len(sizes) == 4 and sizes[0] == sequence.batch and sizes[2] == sequence.length
-            if not whole or not (sizes[1].is_Integer and sizes[3].is_Integer):
+            whole = len(sizes) == 4 and sizes[0] == sequence.batch
+            counted = whole and (sizes[2] == sequence.length or _level(sequence, sizes[2]) > 0)
+            if not counted or not (sizes[1].is_Integer and sizes[3].is_Integer):
                 return f"its {name} are {list(shape)}, not [B, heads, S, size]"
+        if _level(sequence, q.meta["val"].shape[2]):  # type: ignore[union-attr]
+            return self._unfit_behind(attention, sequence)
         if mask is not None and mask in sequence.live:
             return "its mask depends on the tokens"
         computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
@@ -135,6 +147,26 @@ class InsertCache(Pass):
         if mask is not None and not computed and not sequence.is_padding(mask):  # type: ignore[arg-type]
             return f"its mask %{mask.name} is no padding"  # type: ignore[union-attr]
         return None
+
+    def _unfit_behind(self, attention: Attention, sequence: Sequence) -> str | None:
+        """Why an attention behind a stage at which tokens leave cannot be cached."""
+        from graphopt.ops import bounded_attention
+
+        core, found = attention.core, sequence.leaving
+        mask = core.args[3]
+        assert found is not None
+        if core.target is bounded_attention:
+            return "tokens have left, and its heads are bounded"
+        if not attention.causal:
+            return "it sees later tokens"
+        if mask is not None and (mask.meta["val"].dim() != 2 or not found.hides(mask)):  # type: ignore[union-attr,arg-type]
+            return "tokens have left, and its mask says more than which are there"
+        return None if core.args[7] is None else "tokens have left, and its window counts places"
+
+
+def _level(sequence: Sequence, size: Any) -> int:
+    """Behind how many stages there are so many tokens; 0 for any other number."""
+    return 0 if sequence.leaving is None else sequence.leaving.level(size) or 0
 
 
 def _name(attention: Attention) -> str:

@@ -90,7 +90,9 @@ class Places:
         if self.sequence.batch in sizes[axis].free_symbols:
             return made
         batch = next((i for i, size in enumerate(sizes) if self.sequence.batch in size.free_symbols), None)
-        if batch is None:
+        if batch is None and packet(reader) is torch.ops.graphopt.take_tokens:
+            batch = 0
+        elif batch is None:
             batch = axis - self._distance(node, axis, reader)
         if batch == axis:
             return made

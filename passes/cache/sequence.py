@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.ir.leaving import leaving
+from graphopt.ir.pictures import splices
 from graphopt.ir.program import Input, Program
 
 aten = torch.ops.aten
@@ -39,11 +41,15 @@ _ALONG_DIM = {
     aten.split_with_sizes, aten.std, aten.sum, aten.topk, aten.unbind, aten.var, aten.var_mean, aten.diff,
     aten.repeat_interleave,
 }  # fmt: skip
+_CHOSEN = {getattr(torch.ops.graphopt, name) for name in ("take_tokens", "put_tokens", "merge_tokens", "merge_windows")}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution}
 
 
 class Sequence:
-    """The axes and nodes of a program that follow the sequence of its tokens."""
+    """The axes and nodes of a program that follow the sequence of its tokens.
+
+    Raises Lost where tokens leave and it cannot be told what chooses them.
+    """
 
     def __init__(self, program: Program, tokens: Input) -> None:
         self.program, self.tokens = program, tokens
@@ -60,6 +66,8 @@ class Sequence:
         for node in program.graph.graph.nodes:
             self._visit(node)
         self.needed = self._reaching()
+        self.leaving = leaving(program)
+        self.splices = {splice.node for splice in splices(program)}
 
     def _reaching(self) -> set[fx.Node]:
         """Nodes whose values, and not their sizes alone, reach a result."""
@@ -107,6 +115,9 @@ class Sequence:
     def mixing(self) -> tuple[fx.Node, str] | None:
         """The first node outside of attention that lets tokens meet, and what it does; None when there is none."""
         carrying = self.live & self.needed
+        if self.leaving is not None:
+            # Choices are made among the tokens of a prompt, which is there at once.
+            carrying &= self.leaving.carrying - set(self.leaving.stages)
         for node in self.program.graph.graph.nodes:
             if node in carrying and node.op == "call_function" and node.target not in CORES:
                 reason = self._mixes(node)
@@ -127,7 +138,10 @@ class Sequence:
         if isinstance(node.meta["val"], torch.Tensor) and len(self.axes(node)) > 1:
             return "it compares tokens with each other"
         sources = [n for n in tensors_in(node) if self.axes(n)]
-        if not sources or kind in _BY_ROW:
+        if not sources or kind in _BY_ROW or (self.leaving is not None and kind in _CHOSEN):
+            return None
+        if node in self.splices:
+            # A prompt comes whole, with all its pictures.
             return None
         if kind in _ALONG_DIM:
             return self._along(node)

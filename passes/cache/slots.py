@@ -10,9 +10,10 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.ir.leaving import Prompt, moves_up
 from graphopt.ir.program import Dim, Input, Program
 from graphopt.ir.rewriter import Rewriter
-from graphopt.passes.cache.places import Frame, Places
+from graphopt.passes.cache.places import Frame, Places, Unplaceable
 from graphopt.passes.cache.sequence import CORES, Sequence, expression, packet
 from graphopt.passkit.edits import Edit
 from graphopt.views import Views
@@ -36,6 +37,8 @@ class Slot(Edit):
     keys: tuple[int, int]
     values: tuple[int, int]
     dtype: torch.dtype
+    level: int = 0
+    """behind how many stages at which tokens leave"""
 
     @property
     def candidate(self) -> str:
@@ -61,6 +64,7 @@ class Slot(Edit):
             "cache": self.index,
             "keys": list(self.keys),
             "values": list(self.values),
+            **({"stages": self.level} if self.level else {}),
         }
 
     def apply(self, rewriter: Rewriter, views: Views) -> None:
@@ -72,7 +76,7 @@ class Slot(Edit):
         mask = stage.mask(views.program.nodes[self.node])
         made = rewriter.call(
             torch.ops.graphopt.cached_attention.default,
-            q, k, v, *buffers, stage.lengths, stage.positions, stage.ancestors, mask, sinks, scale, window, softcap,
+            q, k, v, *buffers, *stage.where(self.level), mask, sinks, scale, window, softcap,
             before=core,
         )  # fmt: skip
         rewriter.replace(core, made)
@@ -87,7 +91,7 @@ class Slot(Edit):
         def call(target: Any, *args: Any) -> fx.Node:
             return rewriter.call(target, *args, before=core)
 
-        visible = stage.visible(call, window)  # type: ignore[arg-type]
+        visible = stage.visible(call, window, self.level, keys)  # type: ignore[arg-type]
         mask = stage.mask(views.program.nodes[self.node])
         if mask is not None:
             visible = stage.meet(call, visible, mask, views.program.nodes[self.node].args[3])
@@ -121,6 +125,11 @@ class Stage:
         self.ancestors = rewriter.add_input(Input("ancestors", (batch, length, length), torch.bool, "ancestors"))
         rewriter.add_dim(CAPACITY)
         self.batch = batch
+        self._levels: list[tuple[fx.Node, fx.Node, fx.Node]] = [(self.lengths, self.positions, self.ancestors)]
+        self._behind: dict[int, Places] = {}
+        self.prompt: Prompt | None = None
+        if self.sequence.leaving is not None:
+            self._leave()
         self._places: Places | None = None
         self._tokens = rewriter.input_node(tokens.name)
         self._padding = given.get("padding")
@@ -133,15 +142,48 @@ class Stage:
         found: Stage = rewriter.shared[_SHARED]
         return found
 
+    def _leave(self) -> None:
+        """The prompt and, behind each stage, what the caches hold, new tokens' places there and who sees whom."""
+        found, rewriter = self.sequence.leaving, self.rewriter
+        assert found is not None
+        self.prompt = prompt = Prompt(rewriter, found)
+        held = [
+            rewriter.add_input(Input(f"entries_{level}", (self.batch,), torch.int64, "entries"))
+            for level in range(1, len(found.sizes))
+        ]
+        last = prompt.last
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            nonlocal last
+            last = rewriter.call(target, *args, after=last)
+            return last
+
+        depth = call(aten.sub.Tensor, self.positions, call(aten.unsqueeze.default, self.lengths, 1))
+        for level, (entries, count, real) in enumerate(zip(held, prompt.lengths[1:], prompt.real, strict=True), 1):
+            rewriter.add_dim(Dim(f"{CAPACITY.name}{level}", CAPACITY.low, CAPACITY.high, CAPACITY.hint))
+            # A prompt is a chain, and behind it nothing leaves, so that the first places say how deep all stand.
+            part = call(aten.slice.Tensor, depth, 1, 0, count)
+            places = call(aten.add.Tensor, call(aten.unsqueeze.default, entries, 1), part)
+            rows = call(aten.slice.Tensor, self.ancestors, 1, 0, count)
+            self._levels.append((entries, places, call(aten.slice.Tensor, rows, 2, 0, count)))
+            kept = rewriter.call(aten.sum.dim_IntList, real, [1], after=real)
+            rewriter.add_output(f"kept_{level}", kept)
+        prompt.last = last
+
+    def where(self, level: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Lengths, positions and ancestors behind so many stages."""
+        return self._levels[level]
+
     def buffers(self, slot: Slot) -> tuple[fx.Node, ...]:
         """Inputs for the keys and values of a slot, where it grows."""
         if not slot.grows:
             if self._places is None:
                 self._begin(None)
             return ()
+        capacity = f"{CAPACITY.name}{slot.level or ''}"
         keys, values = (
             self.rewriter.add_input(
-                Input(f"cache_{slot.index}_{kind}", (self.batch, heads, CAPACITY.name, size), slot.dtype, "cache")
+                Input(f"cache_{slot.index}_{kind}", (self.batch, heads, capacity, size), slot.dtype, "cache")
             )
             for kind, (heads, size) in (("keys", slot.keys), ("values", slot.values))
         )
@@ -153,6 +195,8 @@ class Stage:
         """Turn everything outside of attention that counts places to the new inputs."""
         rewriter, sequence = self.rewriter, self.sequence
         last = [node for node in rewriter.graph.nodes if node.op == "placeholder"][-1]
+        if self.prompt is not None:
+            last = self.prompt.last
         batch = rewriter.call(aten.sym_size.int, self._tokens, 0, after=last)
         length = rewriter.call(aten.sym_size.int, self._tokens, 1, after=batch)
         # Without a growing buffer no attention reads a table by key position.
@@ -162,14 +206,35 @@ class Stage:
         self._places = places = Places(rewriter, sequence, frame, rows)
         originals = list(sequence.program.graph.graph.nodes)
         for node in originals:
+            if sequence.leaving is not None and moves_up(node):
+                self._move_up(node, frame)
+                continue
+            if sequence.leaving is not None and node in sequence.leaving.needed - sequence.leaving.carrying:
+                continue
             if node not in sequence.live & sequence.needed or node.op != "call_function":
                 continue
             for source in node.all_input_nodes:
                 mask = node.target in CORES and source is node.args[3]
-                if source in sequence.placed and not mask and not places.native(source):
+                if source in sequence.placed and not (mask or moves_up(source) or places.native(source)):
                     made = places.rows(source, node)
                     rewriter.node(node).replace_input_with(rewriter.node(source), made)
         self._natives(originals, batch, length)
+
+    def _move_up(self, node: fx.Node, frame: Frame) -> None:
+        """What belongs to the places that tokens move up to: that of their places behind the stage."""
+        rewriter, found, prompt = self.rewriter, self.sequence.leaving, self.prompt
+        assert found is not None
+        assert prompt is not None
+        source, _, axis = node.args
+        level = found.level(node.meta["val"].shape[axis])
+        if source not in self.sequence.placed or not level:
+            raise Unplaceable(node, "takes something else than what belongs to places")
+        if level not in self._behind:
+            count = prompt.lengths[level]
+            rows = rewriter.call(operator.mul, frame.batch, count, after=frame.rows)
+            behind = Frame(self._levels[level][1], frame.batch, count, frame.capacity, rows)
+            self._behind[level] = Places(rewriter, self.sequence, behind, rows)
+        rewriter.replace(rewriter.node(node), self._behind[level].rows(source, node))  # type: ignore[arg-type]
 
     def _natives(self, originals: list[fx.Node], batch: fx.Node, length: fx.Node) -> None:
         """Padding is ones, its count the positions, and sizes come from the tokens."""
@@ -181,7 +246,7 @@ class Stage:
                 size = self._size(expression(node.meta["val"]), known)
                 if size is not None:
                     rewriter.node(node).replace_all_uses_with(size)
-            elif node in sequence.placed and places.native_count(node):
+            elif node in sequence.placed and places.native_count(node) and self._is_needed(node):
                 today = rewriter.node(node)
                 counted = rewriter.call(aten.add.Tensor, self.positions, 1, after=places.frame.rows)
                 today.replace_all_uses_with(counted)
@@ -193,6 +258,10 @@ class Stage:
                 ones = rewriter.call(aten.to.dtype, ones, dtype, after=ones)
             padding.replace_all_uses_with(ones)
             rewriter.drop_input(self._padding.name)
+
+    def _is_needed(self, node: fx.Node) -> bool:
+        found = self.sequence.leaving
+        return found is None or node in found.carrying
 
     def _size(self, size: sympy.Expr, known: dict[sympy.Expr, fx.Node]) -> fx.Node | None:
         """A multiple of the batch or of the number of tokens, as a node; None for any other size."""
@@ -213,21 +282,23 @@ class Stage:
         assert self._places is not None
         return self._places.mask(mask)
 
-    def visible(self, call: Any, window: int | None) -> fx.Node:
-        """Which of C slots and S new entries each new token sees, `[B, 1, S, C + S]`."""
+    def visible(self, call: Any, window: int | None, level: int, keys: fx.Node) -> fx.Node:
+        """Which of C slots and S new entries each new token sees, `[B, 1, S, C + S]`, behind so many stages."""
         assert self._places is not None
-        frame = self._places.frame
+        frame, (lengths, positions, ancestors) = self._places.frame, self._levels[level]
+        length, capacity = frame.length, frame.capacity
+        if self.prompt is not None and level:
+            length, capacity = self.prompt.lengths[level], call(aten.sym_size.int, keys, 2)
         cpu = torch.device("cpu")
-        slots = call(aten.arange.start_step, 0, frame.capacity)
+        slots = call(aten.arange.start_step, 0, capacity)
         slots.kwargs = {"dtype": torch.int64, "device": cpu}
-        committed = call(aten.lt.Tensor, slots, call(aten.unsqueeze.default, self.lengths, 1))
-        sizes = [frame.batch, frame.length, frame.capacity]
-        old = call(aten.expand.default, call(aten.unsqueeze.default, committed, 1), sizes)
-        new = call(aten.expand.default, self.ancestors, [frame.batch, frame.length, frame.length])
+        committed = call(aten.lt.Tensor, slots, call(aten.unsqueeze.default, lengths, 1))
+        old = call(aten.expand.default, call(aten.unsqueeze.default, committed, 1), [frame.batch, length, capacity])
+        new = call(aten.expand.default, ancestors, [frame.batch, length, length])
         if window is not None:
-            first = call(aten.unsqueeze.default, call(aten.sub.Tensor, self.positions, window), 2)
+            first = call(aten.unsqueeze.default, call(aten.sub.Tensor, positions, window), 2)
             old = call(aten.logical_and.default, old, call(aten.gt.Tensor, slots, first))
-            own = call(aten.unsqueeze.default, self.positions, 1)
+            own = call(aten.unsqueeze.default, positions, 1)
             new = call(aten.logical_and.default, new, call(aten.gt.Tensor, own, first))
         return call(aten.unsqueeze.default, call(aten.cat.default, [old, new], 2), 1)  # type: ignore[no-any-return]
 

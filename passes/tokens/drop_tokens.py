@@ -39,8 +39,8 @@ class DropTokens(TokenPass):
     and so is that of padding. The last token of a text never leaves. Rows may hold different numbers of pictures; a row
     with fewer than the others needs as much padding as those lose, and is refused where it has less.
 
-    What has left is known when the whole text is: a cache that is fed in pieces would decide anew at each token, so that
-    insert_cache declines such a program, and what layers would hold is in its cost.
+    While a text is written, the prompt alone decides: what leaves is chosen among its tokens and by them, and no word
+    behind it leaves. That holds with a cache (insert_cache), whose later layers hold as much less, and without one.
 
     ```yaml
     - use: drop_tokens

@@ -25,7 +25,12 @@ def score_of(walk: Walk, stage: Stage, x: fx.Node, span: fx.Node, real: fx.Node)
     if isinstance(score, Norm):
         return walk.call(aten.mean.dim, walk.call(aten.pow.Tensor_Scalar, x, 2), [-1])
     if isinstance(score, Random):
-        drawn = walk.call(ops.random_scores.default, walk.base(x)["real"], score.seed)
+        there = walk.base(x)["real"]
+        drawn = walk.call(ops.random_scores.default, there, score.seed)
+        if walk.span.padding is not None:
+            # Padding takes no place.
+            behind = walk.call(aten.sub.Tensor, walk.call(aten.cumsum.default, there, 1), 1)
+            drawn = walk.call(ops.take_tokens.default, drawn, walk.call(aten.clamp.default, behind, 0), 1)
         return walk.at_level(drawn)
     if isinstance(score, Pairs):
         return walk.call(ops.pair_scores.default, x, span)
