@@ -26,6 +26,9 @@ def page(results: dict[str, dict[str, dict[str, Any]]], surgeries: list[str], la
         "(`equal`), saved by transformers and captured from disk (`disk`), viewed, and cut; a cut is `ok` when it equals",
         "its emulation in float64 and survives saving and loading. Parts are `found/exist`, and what exists is counted",
         f"from the module tree during one eager run ({layers} layers a stack where the config can say so).",
+        "Eager means transformers with its sdpa attention; where that drops a mask of ones, its spelled-out attention.",
+        "Of tasks other than causal language modelling the table holds the classes that `benchmarks/small_models.py`",
+        "names as representatives (`--selected`); without that option the command runs all of them.",
         "",
     ]
     for auto, rows in results.items():

@@ -57,7 +57,22 @@ def starts(program: Program) -> tuple[fx.Node, ...]:
             embedded.append(node)
         elif node.meta.get("input") in given and node.meta["val"].dtype.is_floating_point:
             numbers.append(node)
-    return (*embedded, *numbers, *_first_products(numbers))
+    return (*embedded, *numbers, *_first_products(numbers), *_queries(program))
+
+
+def _queries(program: Program) -> list[fx.Node]:
+    """What a decoder of learnt queries begins with, `[B, N, d]`: zeros, or a table that is the same for each row."""
+    found = []
+    for node in program.graph.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.dtype.is_floating_point:
+            continue
+        if isinstance(value.shape[0], int) or not all(isinstance(size, int) and size > 1 for size in value.shape[1:]):
+            continue
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in (aten.zeros, *_SHAPED) or (packet in (aten.expand, aten.repeat) and _from_weights(node.args[0])):  # type: ignore[arg-type]
+            found.append(node)
+    return found
 
 
 def _first_products(numbers: Sequence[fx.Node]) -> list[fx.Node]:

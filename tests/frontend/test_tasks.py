@@ -101,6 +101,30 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         6,
     ),
+    "learnt queries": (
+        "DetrForObjectDetection",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 56,
+            "decoder_ffn_dim": 56,
+            "num_queries": 5,
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": {
+                "model_type": "resnet",
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32],
+                "depths": [1, 1],
+                "out_features": ["stage2"],
+            },
+        },
+        6,
+    ),
     "time series in patches": (
         "PatchTSTForPrediction",
         {
@@ -136,9 +160,8 @@ def test_another_task(task: str) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     program = capture_model(model)
     assert all(dim.low < dim.high for dim in program.dims)
-    inputs = random_inputs(
-        program, {"B": 2, "S": max(11, *(2 * dim.low + 1 for dim in program.dims if dim.name == "S"), 0), "T": 7}, 0
-    )
+    lengths = [2 * dim.low + 1 for dim in program.dims if dim.name == "S"]
+    inputs = random_inputs(program, {"B": 2, "S": max(11, *lengths, 0), "T": 7}, 0)
     inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad():
         expected = model(**inputs)
@@ -152,6 +175,7 @@ def test_another_task(task: str) -> None:
     assert len(views.attentions) == attentions
     if name in _WITHOUT_ATTENTION:
         assert {mixer.kind for mixer in views.mixers} == {_WITHOUT_ATTENTION[name]}
-    if name not in ("Inkling2ForCausalLM",):
-        assert views.blocks
-        assert not [part for part in views.unseen if part.what == "blocks"]
+    if name == "DetrForObjectDetection":
+        stacks = [(block.stack, len(block.attentions)) for block in views.blocks if block.attentions]
+        assert stacks == [(0, 1), (0, 1), (1, 2), (1, 2)]
+    assert views.blocks or any(part.what == "blocks" for part in views.unseen)
