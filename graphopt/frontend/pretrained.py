@@ -199,10 +199,33 @@ def _capture(
     model, buffers = build_without_weights(config, dtype)
     if source is not None:
         source = _as_the_model_names(source, model)
+        _compute_what_is_not_saved(model, frozenset(source.names))
+        buffers = dict(model.named_buffers())
     on_disk = frozenset(source.names) if source is not None else None
     origin = Origin(origin.name, raw, type(model).__name__, origin.path)
     program = _captured(model, dims, source=source, constants=buffers, origin=origin, names_on_disk=on_disk)
     return program if source is None else source.fit(program, "config.json makes it")
+
+
+def _compute_what_is_not_saved(model: Any, on_disk: frozenset[str]) -> None:
+    """Turn parameters that a class computes instead of saving them (sinusoidal positions) into constant buffers."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    for name, parameter in list(model.named_parameters()):
+        if name in on_disk or name not in patterns:
+            continue
+        place, _, own = name.rpartition(".")
+        module = model.get_submodule(place)
+        made = []
+        for seed in (0, 1):
+            twin = copy.copy(module)
+            twin._parameters = {own: torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), False)}
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                model._init_weights(twin)
+            made.append(twin._parameters[own].detach())
+        if torch.equal(*made) and bool(torch.isfinite(made[0]).all()):
+            del module._parameters[own]
+            module.register_buffer(own, made[0], persistent=False)
 
 
 def _as_the_model_names(source: CheckpointSource, model: Any) -> CheckpointSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from graphopt.compiler.verify import random_inputs
-from graphopt.frontend import capture_model
+from graphopt.frontend import capture_model, capture_pretrained
 from graphopt.views import Views
 
 _TEXT: dict[str, Any] = {
@@ -145,6 +146,19 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
         0,
     ),
 }
+
+
+def test_what_a_class_computes_is_not_looked_for_on_disk(tmp_path: Path) -> None:
+    config = transformers.MarianConfig(**_BART, max_position_embeddings=64, scale_embedding=True)
+    torch.manual_seed(0)
+    model = transformers.MarianMTModel(config).eval()
+    model.save_pretrained(tmp_path)
+    program = capture_pretrained(tmp_path)
+    inputs = random_inputs(program, {"B": 1, "S": 11, "T": 7}, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
 _WITHOUT_ATTENTION = {"FNetForMaskedLM": "fourier", "PatchTSMixerForPrediction": "projection"}
 
 
