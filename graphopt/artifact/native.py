@@ -104,7 +104,6 @@ def _entry(program: Program, name: str, *, finite: bool = True) -> Entry:
     store = program.weights
     expr = store[name].expr
     names = sources(expr)
-    expect = getattr(store.source, "expect", None)
     shared: frozenset[str] = getattr(store.source, "shared", frozenset())
     return Entry(
         expr.shape,
@@ -114,7 +113,6 @@ def _entry(program: Program, name: str, *, finite: bool = True) -> Entry:
         # What several weights are made of is read whole, once.
         None if shared.intersection(names) else lambda size: store.pieces(name, size),
         lambda: digest(store, expr),
-        (lambda: expect(names[0])) if expect is not None and names else None,
     )
 
 

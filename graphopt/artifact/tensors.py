@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import torch
 
 from graphopt.artifact.journal import Finished, Journal
 from graphopt.diagnostics import ArtifactError
+from graphopt.frontend import direct
 from graphopt.frontend.shards import DTYPES
 from graphopt.ir.weights import all_finite
 
@@ -36,7 +36,7 @@ class Entry:
     """A tensor to write: its shape and dtype are known before `make` computes it.
 
     `pieces(size)` computes it in blocks of rows of about that many bytes; `key` says what it is made from, where that is
-    known; `expect` is told when it will be needed soon.
+    known.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,6 @@ class Entry:
     finite: bool = True
     pieces: Callable[[int], Iterator[torch.Tensor]] | None = None
     key: Callable[[], str | None] | None = None
-    expect: Callable[[], None] | None = None
 
     @property
     def bytes(self) -> int:
@@ -92,9 +91,7 @@ def write_file(path: Path, entries: Mapping[str, Entry]) -> tuple[int, str]:
     ordered = _ordered(entries)
     with _Writer(path) as writer:
         writer.add(_header(ordered))
-        for (name, entry), (_, following) in zip(ordered, [*ordered[1:], ("", None)], strict=True):
-            if following is not None and following.expect is not None:
-                following.expect()
+        for name, entry in ordered:
             done = 0
             for piece in entry.pieces(PIECE) if entry.pieces is not None else iter((entry.make(),)):
                 value = _checked(name, entry, piece)
@@ -193,18 +190,15 @@ class _Writer:
     def _work(self) -> None:
         try:
             made = hashlib.sha256()
-            with self.path.open("wb", buffering=0) as file:
+            with direct.Writer(self.path) as file:
                 while (data := self._next()) is not None:
                     made.update(data)
-                    view = memoryview(data).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
+                    file.write(data)
                     size = memoryview(data).nbytes
-                    del data, view
+                    del data
                     with self._change:
                         self._bytes -= size
                         self._change.notify_all()
-                os.fsync(file.fileno())
             self.sha256 = made.hexdigest()
         except BaseException as error:
             with self._change:

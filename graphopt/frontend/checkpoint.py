@@ -85,11 +85,6 @@ class CheckpointSource:
         value = self._shard(name).read(name, start, stop)
         return self._times_scale(name, value, start) if name in self._scales else value
 
-    def expect(self, name: str) -> None:
-        """Say that a tensor will be read soon."""
-        if name in self._files:
-            self._shard(name).expect(name)
-
     def fit(self, program: Program, reader: str) -> Program:
         """The program with what this checkpoint holds beyond it as `weights.extra`; copies of tied tensors are none.
 

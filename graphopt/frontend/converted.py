@@ -82,11 +82,6 @@ class ConvertedSource(CheckpointSource):
             return self.get(name)[start:stop]
         return conversion.make(self._read(conversion, slice(start, stop)))[name]
 
-    def expect(self, name: str) -> None:
-        """Say that a tensor will be read soon."""
-        for part in self._made[name].on_disk if name in self._made else (self._on_disk(name),):
-            super().expect(part)
-
     def _on_disk(self, name: str) -> str:
         return self._renamed.get(name, name)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from graphopt.diagnostics import ArtifactError
+from graphopt.frontend.direct import Reader
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -43,10 +43,10 @@ class Shard:
         self.path = path
         self.bytes_read = 0
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._reader = Reader(path)
         except OSError as error:
             raise _damaged(path, str(error)) from error
-        weakref.finalize(self, os.close, self._file)
+        self._file = self._reader.file
         self.stamp = os.fstat(self._file)
         self.held = self._header()
 
@@ -69,25 +69,16 @@ class Shard:
             each = math.prod(shape[1:]) * dtype.itemsize
             first, last = first + start * each, first + stop * each
             shape = (stop - start, *shape[1:])
-        buffer = torch.empty(last - first, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self._file, [view[done:]], first + done)
-            except OSError as error:
-                raise _damaged(self.path, str(error)) from error
-            if got == 0:
-                raise _damaged(self.path, f"it ends inside tensor {name!r}")
-            done += got
-        self.bytes_read += done
-        return buffer.view(dtype).reshape(shape)
-
-    def expect(self, name: str) -> None:
-        """Let the system read a tensor ahead of time."""
-        held = self.held[name]
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, held.start, held.stop - held.start, os.POSIX_FADV_WILLNEED)
+        try:
+            data = self._reader.read(first, last)
+        except OSError as error:
+            raise _damaged(self.path, str(error)) from error
+        except EOFError as error:
+            raise _damaged(self.path, f"it ends inside tensor {name!r}") from error
+        self.bytes_read += last - first
+        # A header of odd length puts values where no such type may lie.
+        data = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
+        return data.view(dtype).reshape(shape)
 
     def _header(self) -> dict[str, Held]:
         size = self.stamp.st_size

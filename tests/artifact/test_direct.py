@@ -1,0 +1,90 @@
+"""Reading and writing past the page cache: any place, any length, any file system."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.frontend import direct
+from graphopt.frontend.direct import ALIGN, Reader, Writer
+
+SIZE = 2 * (8 << 20) + 4321
+BYTES = os.urandom(SIZE)
+SMALL = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("direct") / "file"
+    with Writer(path) as writer:
+        for start in range(0, SIZE, 3_000_001):
+            writer.write(BYTES[start : start + 3_000_001])
+        assert writer.size == SIZE
+    return path
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that it is read from the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def test_what_is_written_is_there(file: Path) -> None:
+    assert file.read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("size", [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, 8 << 20, (8 << 20) + 1])
+def test_files_of_any_size(tmp_path: Path, size: int) -> None:
+    with Writer(tmp_path / "file") as writer:
+        writer.write(BYTES[:size])
+    assert (tmp_path / "file").read_bytes() == BYTES[:size]
+
+
+@given(first=st.integers(0, SIZE), length=st.one_of(st.integers(0, 9), st.integers(SMALL, SIZE)), cold=st.booleans())
+@settings(max_examples=30)
+def test_any_part_is_read(file: Path, first: int, length: int, cold: bool) -> None:
+    last = min(first + length, SIZE)
+    if cold:
+        forget(file)
+    assert bytes(Reader(file).read(first, last).numpy()) == BYTES[first:last]
+
+
+def test_what_the_page_cache_holds_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    os.truncate(path, SIZE)
+    handle = os.open(path, os.O_RDONLY)
+    resident = direct._Resident(handle)
+    assert not resident(17, SIZE)
+    os.pread(handle, SIZE, 0)
+    assert resident(17, SIZE)
+    os.close(handle)
+
+
+def test_a_file_that_ends_early(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(BYTES[: SMALL + 7])
+    forget(path)
+    with pytest.raises((EOFError, OSError)):
+        Reader(path).read(5, 2 * SMALL)
+
+
+def test_a_file_system_without_direct_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(os, "O_DIRECT")
+    path = tmp_path / "file"
+    with Writer(path) as writer:
+        writer.write(BYTES)
+    assert bytes(Reader(path).read(3, SIZE).numpy()) == BYTES[3:]
+
+
+def test_nothing_is_left_open_after_an_error(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BufferError), Writer(tmp_path / "file") as writer:
+        writer.write(memoryview(BYTES)[::2])
+    assert len(os.listdir("/proc/self/fd")) == before
