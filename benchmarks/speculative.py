@@ -32,7 +32,7 @@ import graphopt
 from graphopt.compiler.text import load_text
 from graphopt.ir.program import Program
 from graphopt.passkit import PassRegistry
-from graphopt.runtime import Decoder, generate, with_cache
+from graphopt.runtime import generate
 from graphopt.runtime.speculate import Fixed, Log
 from graphopt.runtime.speculate.setup import drafting_of, speculator
 from graphopt.spec import load_spec
@@ -120,8 +120,8 @@ def measure(program: Program, budgets: tuple[int, ...], count: int, new: int) ->
     drafting = drafting_of(program)
     if drafting is None:
         raise SystemExit("the program has no speculate step")
-    plain = Decoder(with_cache(graphopt.capture(MODEL))[0])
     run = speculator(program, drafting)
+    plain = run.decoder
     run.clock = time.process_time
     adaptive = run.controller
     found: dict[str, Any] = {"drafting": drafting.to_json()}

@@ -38,7 +38,7 @@ def rows(words: list[int], vocabulary: int = 8, cache: object = None) -> Rows:
     for i, word in enumerate(words):
         for rank in range(vocabulary):
             logits[i, (word + 1 + rank) % vocabulary] = -float(rank)
-    return Rows(tuple(words), tuple(range(-1, len(words) - 1)), logits, {}, cache)  # type: ignore[arg-type]
+    return Rows(tuple(words), tuple(range(-1, len(words) - 1)), (logits[None],), ("logits",), cache)  # type: ignore[arg-type]
 
 
 def make(kind: str, name: str) -> Drafter:
@@ -140,9 +140,9 @@ def test_a_table_line_is_the_top_of_the_last_row_of_its_token() -> None:
     # Two rows of token 4: the deeper one counts, kept or not, although it stands first.
     logits = torch.zeros(4, 8)
     logits[1, 6], logits[2, 5], logits[3, 7] = 3, 3, 3
-    drafter.observe(Rows((0, 1, 4, 4), (-1, 0, 0, 1), logits, {}, None), (0,))  # type: ignore[arg-type]
+    drafter.observe(Rows((0, 1, 4, 4), (-1, 0, 0, 1), (logits[None],), ("logits",), None), (0,))  # type: ignore[arg-type]
     assert drafter.table[4][0] == 7
-    drafter.observe(Rows((0, 4, 4), (-1, 0, 1), torch.stack([logits[0], logits[1], logits[2]]), {}, None), (0,))  # type: ignore[arg-type]
+    drafter.observe(Rows((0, 4, 4), (-1, 0, 1), (logits[None, :3],), ("logits",), None), (0,))  # type: ignore[arg-type]
     assert drafter.table[4][0] == 5
 
 

@@ -113,8 +113,7 @@ class Speculator:
     def _rows(
         self, token: tuple[int, ...], parent: tuple[int, ...], values: tuple[torch.Tensor, ...], cache: Cache
     ) -> Rows:
-        outputs = {name: value[0] for name, value in zip(self.decoder.program.entry.outputs, values, strict=True)}
-        return Rows(token, parent, next(iter(outputs.values())), outputs, cache)
+        return Rows(token, parent, values, self.decoder.program.entry.outputs, cache)
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,19 +11,35 @@ from graphopt.runtime.cache import Cache
 from graphopt.runtime.speculate.tree import Tree
 
 
-@dataclass(frozen=True)
 class Rows:
     """What the program returned for N tokens that it read in one run.
 
-    `outputs` maps result names to rows `[N, ...]`; `logits` `[N, V]` is the first of them. `cache` is what the program
-    wrote: a drafter may read its committed entries, and use the slots behind them between two steps.
+    `logits` `[N, V]` is the first result, and `outputs` maps the names of all results to rows `[N, ...]`; both are cut
+    out of `results` `[1, N, ...]` when they are asked for, as a plain step often has no reader. `cache` is what the
+    program wrote: a drafter may read its committed entries, and use the slots behind them between two steps.
     """
 
-    token: tuple[int, ...]
-    parent: tuple[int, ...]
-    logits: torch.Tensor
-    outputs: Mapping[str, torch.Tensor]
-    cache: Cache
+    __slots__ = ("cache", "names", "parent", "results", "token")
+
+    def __init__(
+        self,
+        token: tuple[int, ...],
+        parent: tuple[int, ...],
+        results: Sequence[torch.Tensor],
+        names: Sequence[str],
+        cache: Cache,
+    ) -> None:
+        self.token, self.parent, self.results, self.names, self.cache = token, parent, results, names, cache
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The first result."""
+        return self.results[0][0]
+
+    @property
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """Rows of every result by its name."""
+        return {name: result[0] for name, result in zip(self.names, self.results, strict=True)}
 
 
 class Drafter(Protocol):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One run of the program: `rows` tokens went in, `emitted` came out, of which `accepted` were drafted.
 
     The first event is the prompt's; it emits one token. `drafting` are the seconds that the drafter took of `seconds`.
