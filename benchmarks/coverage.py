@@ -44,6 +44,7 @@ from graphopt.ir.program import Program
 from graphopt.passkit import Context, Pass, PassRegistry
 from graphopt.passkit.edits import apply_edits, emulate_edits
 from graphopt.views import Views
+from graphopt.views.kinds import Block
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -105,8 +106,8 @@ def _capture(model: Any, directory: str) -> tuple[Program, float, str]:
 def _views_and_cuts(program: Program, surgeries: bool) -> dict[str, Any]:
     row: dict[str, Any] = {}
     views = Views(program)
-    # Residual blocks of a convolutional backbone are cut as layers are, but the module tree does not tell them apart.
-    layers = [b for b in views.blocks if b.attentions or b.feed_forwards or b.experts or not _convolutional(b.mixers)]
+    # Residual blocks of convolutions alone are cut as layers are, but the module tree does not tell them apart.
+    layers = [b for b in views.blocks if b.attentions or not _convolutional(b)]
     row["found"] = {
         "blocks": len(layers),
         "attentions": len(views.attentions),
@@ -118,8 +119,9 @@ def _views_and_cuts(program: Program, surgeries: bool) -> dict[str, Any]:
     return row
 
 
-def _convolutional(mixers: tuple[Any, ...]) -> bool:
-    return all(mixer.kind == "convolution" for mixer in mixers)
+def _convolutional(block: Block) -> bool:
+    products = any("linear" in str(node.target) or "mm" in str(node.target) for node in block.nodes)
+    return not products and all(mixer.kind == "convolution" for mixer in block.mixers)
 
 
 def _fixed(program: Program) -> str:

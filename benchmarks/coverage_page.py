@@ -70,6 +70,8 @@ def _section(auto: str, rows: dict[str, dict[str, Any]], surgeries: list[str]) -
             lines.append(f"| {name} | {_cell(row.get('captures', row.get('error', '')))} |{empty}")
         else:
             counts = ", ".join(f"{row['found'][part]}/{row['exist'][part]}" for part in PARTS)
+            if row["found"]["unseen"] and not views_right(row):
+                counts += ": " + _cell(row["found"]["unseen"][0])
             cells = [_cell(row.get("surgeries", {}).get(surgery, "")) for surgery in surgeries]
             captured_as = "ok" + (f", {row['dims']}" if row.get("dims") else "")
             first = f"| {name} | {captured_as} | {_cell(row['equal'])} | {_cell(row['disk'])} | {counts} | "

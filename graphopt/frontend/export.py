@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -152,7 +153,7 @@ def _export_once(
         sizes = [hints[size] if isinstance(size, str) else size for size in spec.shape]
         example[spec.name] = torch.zeros(sizes, dtype=spec.dtype, device=device)
         dynamic[spec.name] = {i: named[size] for i, size in enumerate(spec.shape) if size in named}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _masks_as_given():
         warnings.simplefilter("ignore")
         return torch.export.export(
             module.eval(),
@@ -162,6 +163,19 @@ def _export_once(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=deferred,
         )
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Keep torch's transformer layers from comparing a mask's values with a causal one: that only hints at a faster kernel."""
+    from torch.nn.modules import transformer
+
+    original = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = original
 
 
 def _not_exportable(module: torch.nn.Module, error: Exception) -> CaptureError:

@@ -37,6 +37,8 @@ def drop_round_trips(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_op(node, *layout):
             continue
+        if _parts_heads(graph, node):
+            continue
         root = through(node.args[0], *layout, aten.contiguous, aten.clone)
         same = [str(size) for size in root.meta["val"].shape] == [str(size) for size in node.meta["val"].shape]
         # A view needs its source laid out in order, which only the copy in between may have made sure of.
@@ -47,6 +49,36 @@ def drop_round_trips(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif is_op(node, aten.reshape):
             node.args = (root, *node.args[1:])
+
+
+def _parts_heads(graph: fx.Graph, node: fx.Node) -> bool:
+    """[S, B, H * D] by way of [S, B * H, D] and its transpose to [B, H, S, D]: parted at once and permuted instead."""
+    turned = node.args[0]
+    if not is_op(turned, aten.transpose) or {a % 3 for a in turned.args[1:3]} != {0, 1}:  # type: ignore[union-attr,operator]
+        return False
+    folded = turned.args[0]  # type: ignore[union-attr]
+    if not is_op(folded, aten.view, aten.reshape) or folded.meta["val"].dim() != 3:  # type: ignore[union-attr]
+        return False
+    source = folded.args[0]  # type: ignore[union-attr]
+    before, after = source.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    if (
+        len(before) != 3
+        or len(after) != 4
+        or not all(isinstance(size, int) for size in (before[2], after[1], after[3]))
+    ):
+        return False
+    if [str(before[0]), str(before[1]), before[2]] != [str(after[2]), str(after[0]), after[1] * after[3]]:
+        return False
+    with graph.inserting_before(node):
+        sizes = [
+            _call(graph, node, aten.sym_size.int, source, i) if not isinstance(before[i], int) else before[i]
+            for i in (0, 1)
+        ]
+        parted = _call(graph, node, aten.reshape.default, source, [*sizes, after[1], after[3]])
+        made = _call(graph, node, aten.permute.default, parted, [1, 2, 0, 3])
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    return True
 
 
 def _unrepeated(graph: fx.Graph, reader: fx.Node, x: Any) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from graphopt.frontend import capture_module
 from graphopt.ir.program import Input
+from graphopt.passkit import Context, PassRegistry
+from graphopt.passkit.edits import apply_edits, emulate_edits
 from graphopt.views import Views
 
 TOKENS = (Input("idx", ("B", "S"), torch.int64, "tokens"),)
@@ -117,6 +120,53 @@ class SmallConvNet(nn.Module):
         return F.log_softmax(self.fc2(x), dim=1)
 
 
+class WordLanguageModel(nn.Module):
+    """The transformer of torch's language-model example: length before batch, sinusoidal positions, a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(96, 32), nn.Linear(32, 96)
+        layer = nn.TransformerEncoderLayer(32, 4, 56, dropout=0.2)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        position = torch.arange(64).unsqueeze(1) * torch.exp(torch.arange(0, 32, 2) * (-math.log(10000.0) / 32))
+        table = torch.stack([position.sin(), position.cos()], -1).flatten(1)
+        self.register_buffer("positions", table.unsqueeze(1))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        source = idx.t()
+        mask = torch.triu(torch.full((source.size(0), source.size(0)), float("-inf"), device=idx.device), 1)
+        x = self.embedding(source) * math.sqrt(32) + self.positions[: source.size(0)]
+        return F.log_softmax(self.decoder(self.encoder(x, mask=mask)), dim=-1)
+
+
+class VisionTransformer(nn.Module):
+    """Patches by a convolution, a class token, learnt positions and pre-norm encoder layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 32)), nn.Parameter(torch.randn(1, 17, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 56, batch_first=True, norm_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(32), enable_nested_tensor=False)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        return self.head(self.encoder(x)[:, 0])
+
+
+class EncoderDecoder(nn.Module):
+    """nn.Transformer over two sequences, self- and cross-attention through nn.MultiheadAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(32, 4, 2, 2, 56, batch_first=True)
+
+    def forward(self, src: torch.Tensor) -> torch.Tensor:
+        return self.transformer(src, src[:, 1:])
+
+
 def encoder(norm_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 4, 56, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
@@ -128,6 +178,14 @@ CASES = {
     "gpt, fused": (lambda: HandWrittenGPT(fused=True), TOKENS, (3, 5), (3, 3, 3)),
     "encoder, post-norm": (lambda: encoder(False), SOURCE, (2, 7, 32), (3, 3, 3)),
     "encoder, pre-norm": (lambda: encoder(True), SOURCE, (2, 7, 32), (3, 3, 3)),
+    "word language model": (WordLanguageModel, TOKENS, (3, 5), (3, 3, 3)),
+    "vision transformer": (
+        VisionTransformer,
+        (Input("x", ("B", 3, 32, 32), torch.float32),),
+        (5, 3, 32, 32),
+        (3, 3, 3),
+    ),
+    "encoder and decoder": (EncoderDecoder, SOURCE, (2, 7, 32), (6, 4, None)),
     "attention, einsum": (lambda: EinsumAttention(False), HIDDEN, (2, 7, 32), (1, 0, None)),
     "attention, einsum over turned keys": (lambda: EinsumAttention(True), HIDDEN, (2, 7, 32), (1, 0, None)),
     "attention": (SelfAttention, HIDDEN, (2, 7, 32), (1, 0, None)),
@@ -152,3 +210,29 @@ def test_plain_module(case: str) -> None:
     views = Views(program)
     found = (len(views.attentions), len(views.feed_forwards), len(views.blocks))
     assert all(have == want for have, want in zip(found, counts, strict=True) if want is not None), found
+
+
+SURGERIES = {
+    "heads": ("prune_heads", {"unit": "query", "keep": "heads - 1"}),
+    "neurons": ("prune_neurons", {"keep": "floor(0.75 * neurons)"}),
+    "layers": ("skip_layers", {"layers": 1}),
+}
+
+
+@pytest.mark.parametrize("surgery", sorted(SURGERIES))
+@pytest.mark.parametrize("case", ["gpt", "encoder, post-norm", "vision transformer", "word language model"])
+def test_plain_module_is_cut(case: str, surgery: str) -> None:
+    make, specs, shape, _ = CASES[case]
+    torch.manual_seed(0)
+    program = capture_module(make().eval(), specs)
+    name, options = SURGERIES[surgery]
+    step = PassRegistry().get(name).model_validate_json(json.dumps(options))
+    views = Views(program)
+    plan = step.plan(Context(views, tuple(range(len(views.blocks)))))
+    assert plan.edits, plan.declines
+    given = torch.randint(0, 96, shape) if specs is TOKENS else torch.randn(shape, dtype=torch.float64)
+    cut, expected = (
+        do(program, views, plan.edits).module(torch.float64)(**{specs[0].name: given})[0]
+        for do in (apply_edits, emulate_edits)
+    )
+    torch.testing.assert_close(cut, expected, rtol=1e-9, atol=1e-9)
