@@ -156,6 +156,8 @@ def generate(
     as_json: JSON = False,
 ) -> None:
     """Continue a text, printing it as it grows."""
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise typer.BadParameter("nothing is drawn at temperature 0", param_hint="--top-k" if top_k else "--top-p")
     program = _capture(model)
     import torch
 
@@ -173,14 +175,13 @@ def generate(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
-    written = _Writer(tokenizer, ids, silent=as_json)
     drafting = drafting_of(program) if draft and cache else None
     if drafting is not None and (stop or repetition_penalty != 1.0):
         typer.echo("no drafts: stop strings and repetition penalties look at every token", err=True)
     elif drafting is not None:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         drafted = speculator(program, drafting, **options)  # type: ignore[arg-type]
-        ends = _end_tokens(program)
+        ends, written = _end_tokens(program), _Writer(tokenizer, ids, silent=as_json)
         found, log = drafted.generate(torch.tensor(ids), max_new_tokens, ends, stream=written.add)
         _show_text(written, prompt, found.tolist(), as_json, cached=True, drafts=log.to_json())
         return
@@ -191,6 +192,7 @@ def generate(
             typer.echo(f"no cache, so every token runs the whole text: {reason}", err=True)
     elif program.cached:
         raise typer.BadParameter("the model has a cache, and runs with it", param_hint="--no-cache")
+    written = _Writer(tokenizer, ids, silent=as_json)
     result = continue_prompt(
         program,
         torch.tensor([ids]),

@@ -290,6 +290,9 @@ def _resolve(path: str | Path) -> Path:
     directory = Path(path)
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        ways = (f"if it is a spec, make its model first: graphopt run {path} --out DIR",)
+        raise ArtifactError.of("no_model", f"{str(path)!r} is a file, not a model's directory", help=ways)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

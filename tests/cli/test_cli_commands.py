@@ -138,6 +138,14 @@ def test_generate_streams_the_continuation(checkpoint: Path) -> None:
     assert drawn[0]["tokens"][:2] == found["tokens"][:2]
 
 
+def test_generate_says_what_it_cannot_do(checkpoint: Path, tmp_path: Path) -> None:
+    idle = call("generate", checkpoint, "--prompt", "def", "--top-k", "5", code=2)
+    assert "nothing is drawn at temperature 0" in idle.stderr
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("graphopt: 1\n")
+    assert f"graphopt run {spec} --out" in call("generate", spec, "--prompt", "def", code=1).stderr
+
+
 def test_explain_json_and_graph(checkpoint: Path) -> None:
     found = data("explain", checkpoint)
     assert [block["attentions"][0]["heads"] for block in found["blocks"]] == [4, 4]
