@@ -14,7 +14,7 @@ from graphopt.backends import attention, loops, products
 from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
-from graphopt.backends.prepare import share_factors
+from graphopt.backends.prepare import decompositions, share_factors
 from graphopt.backends.report import CallReport, GroupReport, library_reports
 from graphopt.diagnostics import PlanError
 
@@ -67,6 +67,16 @@ class Options:
             return False
         rows = node.meta["val"].shape[0]
         return self.products == "triton" or (isinstance(rows, int) and rows <= FEW_ROWS)
+
+    def decompositions(self, target: str) -> dict[Any, Any]:
+        """What takes a graph for `target` apart: our kernels need one table, Inductor another, library calls none."""
+        inductor = self.backward == "inductor" or (self.cpu == "inductor" and not self.kernels_on(target))
+        table: dict[Any, Any] = {}
+        if inductor:
+            from torch._inductor.decomposition import select_decomp_table
+
+            table |= select_decomp_table()
+        return table | (decompositions() if self.kernels_on(target) else {})
 
     def kernels_on(self, target: str) -> bool:
         """Whether a graph for `target` becomes generated kernels."""

@@ -40,7 +40,8 @@ class LoweredProgram:
         if self._weights is None:
             names = [node.meta["weight"] for node in self.program.graph.graph.nodes if "weight" in node.meta]
             self._weights = [self.program.weights.evaluate(name, self.dtype, self.device) for name in names]
-        bound = bind_inputs(self.program, inputs, self.device, self.dtype)
+        # What was compiled for inputs without holes must not get positions that are one row for the whole batch.
+        bound = [value.contiguous() for value in bind_inputs(self.program, inputs, self.device, self.dtype)]
         with torch.no_grad():
             return tuple(self.lowered([*self._weights, *bound]))
 
@@ -65,14 +66,14 @@ def lower(
     chosen = Options.of(options)
     if chosen.spec is not None:
         raise PlanError.of("spec_on_program", "lower takes no spec", help=("call graphopt.compile(program, spec)",))
-    graph, names = traced(program, kind, sizes or {}, kernels=chosen.kernels_on(target))
+    graph, names = traced(program, kind, sizes or {}, chosen.decompositions(target))
     return LoweredProgram(program, lower_graph(graph, target, chosen), target, kind, names)
 
 
 def traced(
-    program: Program, dtype: torch.dtype, sizes: Mapping[str, int], *, kernels: bool = True
+    program: Program, dtype: torch.dtype, sizes: Mapping[str, int], table: Mapping[Any, Any] | None = None
 ) -> tuple[fx.GraphModule, dict[sympy.Symbol, sympy.Symbol]]:
-    """The program's aten graph in `dtype`, decomposed for kernels, and its symbols' names."""
+    """The program's aten graph in `dtype`, taken apart by `table` (that of kernels, when None), and its symbols' names."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     free = tuple(dim for dim in program.dims if dim.name not in sizes)
     found: dict[str, Any] = {**symbols(free, mode.shape_env), **sizes}
@@ -92,8 +93,8 @@ def traced(
                 torch.empty(shape, dtype=specialise(kind, model=program.dtype, target=dtype, device="cpu"))
             )
         graph = specialised(program, dtype, "cpu")
-        table = decompositions() if kernels else {}
-        made = make_fx(graph, decomposition_table=table, tracing_mode="real")(*arguments)
+        apart = decompositions() if table is None else dict(table)
+        made = make_fx(graph, decomposition_table=apart, tracing_mode="real")(*arguments)
     made.graph.eliminate_dead_code()
     names = {found[dim.name].node.expr: sympy.Symbol(dim.name, positive=True, integer=True) for dim in free}
     return made, names

@@ -18,7 +18,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from graphopt.backends.lowering import Lowered, Options, lower_graph
-from graphopt.backends.prepare import decompositions, raise_sdpa
+from graphopt.backends.prepare import raise_sdpa
 
 
 def backend(
@@ -60,7 +60,7 @@ def backend(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        decompositions=decompositions() if kernels else None,
+        decompositions=chosen.decompositions(target),
         keep_inference_input_mutations=True,
     )
     return compiler(graph, inputs)  # type: ignore[no-any-return]

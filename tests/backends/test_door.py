@@ -86,6 +86,29 @@ def test_a_transformer_under_the_interpreter(name: str) -> None:
     assert sum(len(graph["groups"]) for graph in report) > 5
 
 
+def test_inductor_runs_what_a_cpu_gets() -> None:
+    model = make_model("llama")
+    model.config.use_cache = False
+    run, report = compiled(model, cpu="inductor")
+    with torch.no_grad():
+        for length in (6, 9):
+            ids = tokens(2, length)
+            torch.testing.assert_close(run(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert [graph["mode"] for graph in report] == ["Inductor's C++"]
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_inductor_runs_the_backward(interpret: bool) -> None:
+    model, twin = Small(), Small()
+    run, report = compiled(model, interpret=interpret, backward="inductor")
+    x = torch.randn(2, 5, 8)
+    run(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for mine, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, wanted.grad)
+    assert report[0]["backward"] == "inductor"
+
+
 def test_in_place_writes_reach_the_caller() -> None:
     def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.mul_(2)

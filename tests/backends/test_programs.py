@@ -42,6 +42,13 @@ def test_on_a_cpu_it_runs_eager_and_says_so() -> None:
     torch.testing.assert_close(made(input_ids=ids)[0], source.module()(input_ids=ids)[0])
 
 
+def test_inductor_runs_a_program() -> None:
+    source = program("llama")
+    made = lower(source, "cpu", cpu="inductor")
+    ids = tokens(2, 7)
+    torch.testing.assert_close(made(input_ids=ids)[0], source.module()(input_ids=ids)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_the_report_adds_up() -> None:
     made = lower(program("llama"), "cuda", dtype=torch.bfloat16, sizes={"B": 1})
     found = lowered_json(made, {"B": 1, "S": 64}, ROOFS["h200"])
