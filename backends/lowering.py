@@ -14,7 +14,7 @@ from graphopt.backends import attention, loops, products
 from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
-from graphopt.backends.prepare import decompositions, share_factors
+from graphopt.backends.prepare import decompositions, references, share_factors
 from graphopt.backends.report import CallReport, GroupReport, library_reports
 from graphopt.diagnostics import PlanError
 
@@ -76,7 +76,9 @@ class Options:
             from torch._inductor.decomposition import select_decomp_table
 
             table |= select_decomp_table()
-        return table | (decompositions() if self.kernels_on(target) else {})
+        if self.kernels_on(target):
+            return table | decompositions()
+        return table | references() if inductor else table
 
     def kernels_on(self, target: str) -> bool:
         """Whether a graph for `target` becomes generated kernels."""

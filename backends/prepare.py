@@ -14,7 +14,7 @@ from torch import fx
 from torch._decomp import get_decompositions
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
-from graphopt.ops import library
+from graphopt.ops import library, quantised
 
 aten = torch.ops.aten
 
@@ -140,6 +140,18 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[torch.ops.graphopt.rms_norm.default] = library._rms_norm
     table[torch.ops.graphopt.rotary.default] = library._rotary
     return table
+
+
+@cache
+def references() -> dict[Any, Callable[..., Any]]:
+    """Our ops as what they compute, for a compiler that fuses that itself and asks a call for the layout it was told."""
+    ops = torch.ops.graphopt
+    return {
+        ops.attention.default: library.scaled_attention,
+        ops.dequantise.default: quantised._dequantise,
+        ops.rms_norm.default: library._rms_norm,
+        ops.rotary.default: library._rotary,
+    }
 
 
 def share_factors(graph: fx.Graph) -> None:

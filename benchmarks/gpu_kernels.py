@@ -1,8 +1,8 @@
 """Every kernel that the test cases generate, on a device: right beside float64, and its time beside the roofline's.
 
-python benchmarks/gpu_kernels.py OUT_DIRECTORY [--interpret]
+python benchmarks/gpu_kernels.py OUT_DIRECTORY --part PART [--interpret]
 
-Writes OUT_DIRECTORY/kernels.json. `--interpret` runs the same checks on a CPU under Triton's interpreter, without times.
+Writes OUT_DIRECTORY/kernels_PART.json. `--interpret` runs the same checks on a CPU under Triton's interpreter, without times.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from graphopt.backends.lowering import Options, lower_graph
+from graphopt.ops import attention, dequantise
+from graphopt.ops.quantised import encode, grid, pack
 from tests.backends.cases import FLOATING, drawn
 from tests.backends.conftest import close, reference, trace
 from tests.backends.test_products import NAMES, ROWS, inputs_of
+
+Case: TypeAlias = tuple[Callable[..., Any], tuple[torch.Tensor, ...]]
 
 
 def seconds(run: Callable[[], Any], repeats: int = 20) -> float:
@@ -64,33 +68,79 @@ def copy_rate() -> float:
     return 2 * x.numel() * x.itemsize / seconds(lambda: y.copy_(x))
 
 
+def packed(bits: int, rows: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """A product whose weight is stored in `bits`, 27 by groups of 8."""
+    x, values = drawn(dtype, (*rows, 27), (19, 27))
+    scale, low = grid(values.float(), bits, 8)
+    codes = pack(encode(values.float(), scale, low, bits, 8), bits)
+
+    def function(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, dequantise(codes, scale, low, bits, 8, 27))
+
+    return function, (x, codes, scale.to(dtype), low.to(dtype))
+
+
+def attended(queries: int, window: int | None, softcap: float | None, dtype: torch.dtype) -> Case:
+    """Causal attention of 8 heads to 2, over 301 keys."""
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, None, None, 0.125, True, window, softcap)
+
+    return function, drawn(dtype, (2, 8, queries, 64), (2, 2, 301, 64), (2, 2, 301, 64))
+
+
+def cases(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
+    """The cases of a part by name."""
+    if part == "pointwise":
+        for name, (function, sizes) in FLOATING.items():
+            if name != "causal_mask":  # its constants are made on the CPU
+                yield name, (function, drawn(dtype, *sizes))
+    elif part == "products":
+        for name in NAMES:
+            for rows in ROWS:
+                yield f"{name}_{rows}", inputs_of(name, ROWS[rows], dtype)
+    elif part == "packed":
+        for bits in (1, 2, 3, 4, 8):
+            for rows in ROWS:
+                yield f"packed_{bits}_{rows}", packed(bits, ROWS[rows], dtype)
+    else:
+        for queries in (1, 37, 301):
+            for window, softcap in ((None, None), (64, None), (None, 20.0)):
+                yield f"attention_{queries}_{window}_{softcap}", attended(queries, window, softcap, dtype)
+
+
 def main() -> None:
-    """Check everything; exits with 1 when a result is wrong."""
+    """Check one part; exits with 1 when a result is wrong or a case fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--part", choices=("pointwise", "products", "packed", "attention"), required=True)
     parser.add_argument("--interpret", action="store_true")
     arguments = parser.parse_args()
     device = "cpu" if arguments.interpret else "cuda"
-    found = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for name, (function, sizes) in FLOATING.items():
-            if name != "causal_mask":  # its constants are made on the CPU
-                found.append(check(name, function, drawn(dtype, *sizes), device))
-        for name in NAMES:
-            for rows in ROWS:
-                found.append(check(f"{name}_{rows}", *inputs_of(name, ROWS[rows], dtype), device))
-    wrong = [each for each in found if not each["right"]]
-    result = {
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
         "torch": torch.__version__,
         "copy_bytes_per_second": copy_rate() if device == "cuda" else None,
-        "right": len(found) - len(wrong),
-        "wrong": wrong,
-        "cases": found,
+        "finished": False,
+        "cases": [],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("device", "right", "wrong")}))
+
+    def store() -> None:
+        (arguments.out / f"kernels_{arguments.part}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, (function, inputs) in cases(arguments.part, dtype):
+            try:
+                found = check(name, function, inputs, device)
+            except Exception as error:
+                found = {"case": name, "dtype": str(dtype), "right": False, "error": f"{type(error).__name__}: {error}"}
+            result["cases"].append(found)
+            store()
+    result["finished"] = True
+    store()
+    wrong = [each["case"] for each in result["cases"] if not each["right"]]
+    print(json.dumps({"part": arguments.part, "right": len(result["cases"]) - len(wrong), "wrong": wrong}))
     raise SystemExit(bool(wrong))
 
 
