@@ -20,6 +20,8 @@ from graphopt.views import Experts, Views
 MOST_LOOKED_AT = 24
 _EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts")
 _CHOSEN = re.compile(r"num_experts_per_tok(en)?")
+_SUMS = re.compile(r"norm_topk_prob")
+_TIME = re.compile(r"conv|mamba|ssm|linear_")
 _SHARED = re.compile(r"shared.*(size|experts)|shared_experts")
 
 
@@ -30,8 +32,11 @@ def relatives(program: Program, raw: Mapping[str, Any]) -> Iterator[dict[str, An
     if len(shapes) != 1 or banks[0].top_k is None or _counts(raw, _EXPERTS):
         return
     ours = _kinds(program)
-    for candidate in _similar(program, raw, shared=bool(banks[0].shared)):
+    for candidate in _similar(program, raw, sum(each.neurons for each in banks[0].shared), banks[0].neurons):
         made = _filled(candidate, raw, banks[0])
+        # Whether the weights of those chosen are made to sum to 1.
+        sums = any(kind.startswith("aten.div") for kind in ours)
+        made |= {key: sums for key, value in made.items() if _SUMS.fullmatch(key) and isinstance(value, bool)}
         one = _one_layer(program, made)
         if one is None:
             continue
@@ -51,8 +56,11 @@ def _kinds(program: Program) -> set[str]:
     return {str(target) for target in targets if not str(target).startswith(tuple(f"aten.{word}" for word in layouts))}
 
 
-def _similar(program: Program, raw: Mapping[str, Any], *, shared: bool) -> list[dict[str, Any]]:
-    """Default configs of the classes that have experts, for the task of the program's class, the most similar first."""
+def _similar(program: Program, raw: Mapping[str, Any], neurons: int, width: int) -> list[dict[str, Any]]:
+    """Default configs of the classes that have experts, for the task of the program's class, the most similar first.
+
+    All tokens go through `neurons`, and experts have `width`.
+    """
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -73,12 +81,16 @@ def _similar(program: Program, raw: Mapping[str, Any], *, shared: bool) -> list[
             continue
         if not _counts(config, _EXPERTS) or not _counts(config, _CHOSEN) or not isinstance(architecture, str):
             continue
-        if shared != any(_SHARED.search(key) for key in config):
+        keys = [key for key in config if _SHARED.search(key)]
+        # What is counted in experts is as wide as so many of them.
+        if bool(neurons) != bool(keys) or (neurons % width and not any(key.endswith("size") for key in keys)):
             continue
         config |= {"model_type": model_type, "architectures": [architecture]}
-        found.append((len(own & set(config)) / len(own | set(config)), config))
-    ordered = sorted(found, key=lambda pair: -pair[0])
-    return [config for _, config in ordered[:MOST_LOOKED_AT]]
+        foreign = any(_TIME.search(key) for key in set(config) - own)
+        found.append((foreign, -len(own & set(config)) / len(own | set(config)), config))
+    # Convolutions and states over time that the model has not are captured slowly, and say something else.
+    ordered = sorted(found, key=lambda each: each[:2])
+    return [config for *_, config in ordered[:MOST_LOOKED_AT]]
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Refactor(Edit):
     partition: str
     router: Mapping[str, torch.Tensor] = field(repr=False)
     shared: tuple[int, ...] = ()
+    gated: bool = False
+    """whether tokens gate what all share; at first by 1"""
 
     @property
     def candidate(self) -> str:
@@ -68,6 +70,7 @@ class Refactor(Edit):
             "groups": [list(group) for group in self.groups],
             "partition": self.partition,
             "shared": list(self.shared),
+            "gated": self.gated,
             "route": self.route.to_json(),
         }
 
@@ -127,7 +130,7 @@ class Refactor(Edit):
             result = call(aten.mul.Tensor, result, call(aten.unsqueeze.default, counts, -1))
         out = int(dense.view.down.node.meta["val"].shape[-1])
         result = call(aten.sum.dim_IntList, call(aten.reshape.default, result, [-1, count, out]), [1])
-        if counts is not None and self.route.wide != self.route.dtype:
+        if counts is not None and self.route.wide != self.route.dtype and not self.route.rounded:
             result = call(aten.to.dtype, result, self.route.dtype)
         if self.shared:
             result = call(aten.add.Tensor, result, self._for_all(rewriter, dense, down, x))
@@ -158,7 +161,15 @@ class Refactor(Edit):
             values.append(call(aten.linear.default, *arguments))
         hidden = dense.replay(rewriter, call, tuple(values))
         down_linear = dense.view.down
-        return call(aten.linear.default, hidden, part(down_linear, down_linear.in_axis, self.shared, "down"))
+        matrix = part(down_linear, down_linear.in_axis, self.shared, "down")
+        if not self.gated:
+            return call(aten.linear.default, hidden, matrix)
+        # The gate of zeros is a half, and twice a number is exact.
+        rewriter.set_weight(matrix.meta["weight"], lambda expr: Affine(expr, 2.0))
+        width, dtype = int(dense.x.meta["val"].shape[-1]), rewriter.program.dtype
+        gate = Const(torch.zeros(1, width, dtype=dtype), dtype)
+        score = call(aten.linear.default, x, rewriter.add_weight(_free(rewriter, f"{stem}_gate.weight"), gate))
+        return call(aten.mul.Tensor, call(aten.sigmoid.default, score), call(aten.linear.default, hidden, matrix))
 
     def _first(
         self, rewriter: Rewriter, call: Call, dense: Dense, rows: fx.Node, index: fx.Node

@@ -42,8 +42,8 @@ class RefactorMoE(Pass):
     A feed-forward is a sum over its neurons, so that experts that share them out add up to it: with all experts chosen
     and equal weights the function stays what it was, biases included. Fewer chosen ones save the FLOPs of the others, and a
     token's result loses what these would have added. Experts are as wide as the widest; the others end in neurons of zero
-    weight. A bank of which tokens choose by softmax weights that sum to 1 is what stock Mixtral configs say, and is saved
-    as that.
+    weight. A bank of which tokens choose by softmax weights that sum to 1 is what stock Mixtral configs say, and with
+    `shared` neurons behind a `gate` what those of Qwen2-MoE do; they are saved as that.
 
     ```yaml
     - use: refactor_moe
@@ -64,6 +64,8 @@ class RefactorMoE(Pass):
     """which neurons an expert holds"""
     shared: Percent | None = None
     """share of the neurons, the most active ones on calibration text, that all tokens go through"""
+    gate: bool = False
+    """whether a gate of each token, at first 1, is on what all share: with it stock Qwen2-MoE configs say the result"""
     router: Router = Zero()
     """what the scores are made by"""
     choose: Choosing = Top()
@@ -146,6 +148,12 @@ class RefactorMoE(Pass):
                 "refactor_moe with router: zero gives all experts the same score, so that none can be preferred",
                 help=("choose all experts: choose: top", "or take another router"),
             )
+        if self.gate and self.shared is None and not isinstance(self.partition, Masks):
+            raise PlanError.of(
+                "nothing_shared",
+                "refactor_moe has a gate on what all tokens share, but they share nothing",
+                help=("give shared, such as shared: 25%",),
+            )
         if isinstance(self.partition, Masks) and self.shared is not None:
             raise PlanError.of(
                 "shared_twice",
@@ -166,6 +174,7 @@ class RefactorMoE(Pass):
             self.unit == "sequence",
             context.program.dtype,
             isinstance(self.router, Tokens),
+            self.gate,
         )
 
     def _edits(self, context: Context, fit: list[tuple[Dense, Prepared]]) -> tuple[Refactor, ...]:
@@ -184,6 +193,7 @@ class RefactorMoE(Pass):
                 self.partition.kind,
                 router,
                 prepared.shared,
+                self.gate,
             )
             for (dense, prepared), router in zip(fit, routers, strict=True)
         )

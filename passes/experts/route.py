@@ -26,7 +26,8 @@ class Route:
     whose weight is below that share of the best one's. `weighted` multiplies results by the softmax of the scores among
     those chosen, times how many they are, so that equal weights are 1. `by_sequence` averages scores over the tokens of a
     sequence that are no padding, and all of them go where the mean says. `by_token` reads scores from a table by the tokens'
-    numbers, so that one routing, made before the first layer, serves all layers.
+    numbers, so that one routing, made before the first layer, serves all layers. `rounded` rounds weights to the model's
+    dtype before they count, as Qwen2-MoE does.
     """
 
     experts: int
@@ -37,6 +38,7 @@ class Route:
     by_sequence: bool
     dtype: torch.dtype
     by_token: bool = False
+    rounded: bool = False
 
     @property
     def count(self) -> int:
@@ -84,7 +86,7 @@ class Route:
             made = call(aten.embedding.default, weight, x)
         else:
             made = call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
-        return made if self.wide == self.dtype else call(aten.to.dtype, made, self.wide)
+        return made if self.wide == self.dtype or self.rounded else call(aten.to.dtype, made, self.wide)
 
     def choose(self, rewriter: Rewriter, call: Call, scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """The choice and what each counts, one after the other for all tokens `[N count]`; None where all count 1.
@@ -96,12 +98,14 @@ class Route:
             values = self._pooled(rewriter, call, scores)
         elif self.by_token:
             values = call(aten.reshape.default, scores, [-1, self.experts])
-        shares = call(aten.softmax.int, values, -1)
+        shares = call(aten.softmax.int, values, -1, *([self.wide] if self.rounded else []))
         best = call(aten.topk.default, shares, self.most)
         weights, chosen = (call(operator.getitem, best, i) for i in (0, 1))
         if self.rank is not None:
             weights, chosen = (call(aten.slice.Tensor, n, -1, self.rank - 1, self.rank) for n in (weights, chosen))
         counts = self._weights(call, weights)
+        if counts is not None and self.rounded and self.wide != self.dtype:
+            counts = call(aten.to.dtype, counts, self.dtype)
         if self.by_sequence:
             chosen = _each_token(call, scores, chosen, self.count)
             counts = None if counts is None else _each_token(call, scores, counts, self.count)

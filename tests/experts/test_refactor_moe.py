@@ -130,6 +130,25 @@ def test_a_refactored_llama_is_a_stock_mixtral(tmp_path: Path) -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_shared_neurons_behind_a_gate_are_a_stock_qwen2_moe(tmp_path: Path) -> None:
+    options = {"experts": 3, "shared": "62%", "gate": True, "router": "random", "choose": {"kind": "top", "k": 2}}
+    made = refactored(program("llama"), **options)
+    save(made, tmp_path / "out", format="transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    assert (model.config.num_experts, model.config.shared_expert_intermediate_size) == (3, 34)
+    ids = tokens(2, 9)
+    expected = made.module(torch.float32)(input_ids=ids)[0]
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_gate_of_zeros_changes_nothing() -> None:
+    made = refactored(program("gpt2"), experts=3, shared="25%", gate=True, weights="one")
+    assert same(made, program("gpt2")) < 1e-13
+    with pytest.raises(Refused, match="they share nothing"):
+        refactored(program("gpt2"), experts=3, gate=True)
+
+
 def test_a_later_pass_cuts_the_experts_neurons() -> None:
     made = refactored(program("llama"), experts=4)
     cut = trial(PassRegistry().get("prune_neurons").model_validate_json('{"keep": "50%"}'), made)

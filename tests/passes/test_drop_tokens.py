@@ -231,12 +231,13 @@ def _halves(before: Any, sizes: dict[Any, int], s: Any, kept: Any) -> Any:
     return total + sum(part.flops.subs({**sizes, s: kept}) for part in (*text[2:], *head))
 
 
-def test_counted_flops_are_those_of_the_run() -> None:
+@pytest.mark.parametrize("case", ["pyramid", "merged twice", "in the encoder"])
+def test_counted_flops_are_those_of_the_run(case: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from graphopt.testing.laws import _FLOPS
 
-    program = after(reader_program(), **CASES["pyramid"][1])
+    program = after(reader_program(), **CASES[case][1])
     given = random_inputs(program, {"B": 2, "S": 9}, 0)
     given = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
     runner = program.module(None)
