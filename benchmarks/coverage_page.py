@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+CAPTURE = Path(__file__).resolve().parent / "results" / "capture.json"
 PARTS = ("blocks", "attentions", "feed_forwards")
 
 
@@ -33,7 +36,26 @@ def page(results: dict[str, dict[str, dict[str, Any]]], surgeries: list[str], la
     ]
     for auto, rows in results.items():
         lines += _section(auto, rows, surgeries)
+    if CAPTURE.is_file():
+        lines += _capture_time(json.loads(CAPTURE.read_text()))
     return "\n".join(lines)
+
+
+def _capture_time(figures: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "## time of a capture",
+        "",
+        "A Llama shape with hidden size 4096 without weights, by `benchmarks/capture.py`: CPU seconds of one thread, beside",
+        "plain `torch.export` of the same module in the same run; the goal is a ratio of at most 1.1.",
+        "",
+        "| layers | plain torch.export | capture | ratio | nodes | where it goes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for layers, row in sorted(figures.items(), key=lambda item: int(item[0])):
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["stages"].items() if seconds >= 0.1)
+        first = f"| {layers} | {row['plain export']:.2f} | {row['capture']:.2f} | {row['ratio']:.2f} "
+        lines.append(f"{first}| {row['nodes']} | {stages} |")
+    return [*lines, ""]
 
 
 def _section(auto: str, rows: dict[str, dict[str, Any]], surgeries: list[str]) -> list[str]:

@@ -78,16 +78,15 @@ def _queries(program: Program) -> list[fx.Node]:
 def _first_products(numbers: Sequence[fx.Node]) -> list[fx.Node]:
     """Matrix products and convolutions that read inputs of numbers behind no other product."""
     found: list[fx.Node] = []
-    stack, seen = list(numbers), set(numbers)
-    while stack:
-        for user in stack.pop().users:
-            if user in seen or _is_size(user):
-                continue
-            seen.add(user)
-            if getattr(user.target, "overloadpacket", None) in (aten.linear, aten.addmm, *_CONVOLUTIONS):
-                found.append(user)
-            else:
-                stack.append(user)
+    read, behind = set(numbers), set[fx.Node]()
+    for node in numbers[0].graph.nodes if numbers else ():
+        sources = [source for source in node.all_input_nodes if not _is_size(source)]
+        product = getattr(node.target, "overloadpacket", None) in (aten.linear, aten.addmm, *_CONVOLUTIONS)
+        if any(source in behind for source in sources):
+            behind.add(node)
+        elif any(source in read for source in sources):
+            (behind if product else read).add(node)
+            found += [node] if product else []
     return found
 
 
