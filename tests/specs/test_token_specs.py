@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import graphopt
 from graphopt.cost import cost
 from graphopt.ir.program import Program
+from graphopt.runtime import Decoder, generate, with_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ROOT / "examples" / "tiny_vlm" / "questions.safetensors"
@@ -40,6 +42,19 @@ def test_spec_runs_and_is_certified(name: str) -> None:
     assert found["kv_bytes"] == sum(left + text for left in SPECS[name]) * entry
     # Choosing costs as well: long texts that all ask would cost more than few tokens less save.
     assert found["flops"] < before["flops"]
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "mustdrop"])
+def test_answers_are_the_same_with_a_cache(name: str) -> None:
+    program = graphopt.compile(None, ROOT / "specs" / "methods" / f"{name}.yaml", verify="off")
+    made, why = with_cache(program)
+    assert why is None
+    rows = load_file(QUESTIONS)
+    asked = (rows["answers"][0] == 0) & (rows["attention_mask"][0] == 1)
+    given = {"max_new_tokens": 5, "pixel_values": rows["pixel_values"][:1].double()}
+    ids = rows["input_ids"][:1, : int(asked.sum())]
+    plain = generate(program.module(torch.float64), ids, **given)
+    assert torch.equal(generate(Decoder(made, torch.float64), ids, **given), plain)
 
 
 def test_questions_fit_the_model() -> None:
