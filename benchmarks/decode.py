@@ -3,6 +3,7 @@
     python benchmarks/decode.py --exact        # 200 held-out prompts, 128 tokens each, alone and in padded batches of 8
     python benchmarks/decode.py --speed        # interleaved runs, batch 1, float32, one thread for all
     python benchmarks/decode.py --variants     # narrowed and shortened models beside their predicted costs
+    python benchmarks/decode.py --products     # products with weights stored by columns and packed, by rows
 
 Each writes its part of benchmarks/results/decode.json. Times are processor times of this process, so that other work on
 the machine counts as little as it can; every figure is a median over interleaved repeats, and ratios are medians of the
@@ -33,6 +34,8 @@ from graphopt.compiler.text import load_text
 from graphopt.cost import cost
 from graphopt.ir.program import Program
 from graphopt.runtime import Decoder, generate, with_cache
+from graphopt.runtime.lower import _by_columns as by_columns
+from graphopt.runtime.native import pack, packed_linear
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "tiny_lm"
@@ -118,9 +121,11 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int, tokens: int
 
 def streamed_bytes(program: Program, decoder: Decoder, entries: int) -> dict[str, int]:
     """Bytes that one token must read: every weight that a step multiplies by, and the committed entries."""
+    # Small weights are also held in a second form, which steps of several rows read.
+    taken = [(key, decoder.lowered.values.get(key)) for key in decoder.lowered.forms["token"].takes]
     weights = sum(
-        value.nbytes
-        for key, value in decoder.lowered.values.items()
+        value.numel() * value.element_size()
+        for key, value in taken
         if isinstance(key, str) and isinstance(value, torch.Tensor) and value.dim() == 2
     )
     return {"weights": weights, "cache": decoder.cache(1, entries).bytes()}
@@ -198,12 +203,39 @@ def variants(repeats: int) -> dict[str, Any]:
     return {"repeats": repeats, "runs": found}
 
 
+def products(repeats: int) -> list[dict[str, Any]]:
+    """Microseconds of products by stored form, over 12 MB of weights of one size in turn."""
+    multiply, rest = packed_linear()
+    found = []
+    with torch.inference_mode():
+        for out, entries in ((2048, 192), (1024, 1024), (4096, 2048)):
+            weights = [torch.randn(out, entries) for _ in range(max(2, int(3e6 / (out * entries))))]
+            columns, packed = [by_columns([w]) for w in weights], [pack(w) for w in weights]
+            for rows in (1, 4, 8, 64):
+                x = torch.randn(1, rows, entries)
+                took: dict[str, list[float]] = {"columns": [], "packed": []}
+                for _ in range(repeats):
+                    started = time.process_time()
+                    for w in columns:
+                        torch.nn.functional.linear(x, w)
+                    middle = time.process_time()
+                    for w in packed:
+                        multiply(x, w, None, *rest)
+                    took["columns"].append((middle - started) / len(columns))
+                    took["packed"].append((time.process_time() - middle) / len(packed))
+                times = {name: round(1e6 * statistics.median(each), 1) for name, each in took.items()}
+                ratio = statistics.median(a / b for a, b in zip(*took.values(), strict=True))
+                found.append({"weight": [out, entries], "rows": rows, **times, "ratio": round(ratio, 2)})
+    return found
+
+
 def main() -> None:
     """Run what is asked for and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     given = parser.parse_args()
@@ -217,6 +249,7 @@ def main() -> None:
         "exact": lambda: exact(given.prompts),
         "speed": lambda: speed(given.repeats),
         "variants": lambda: variants(given.repeats),
+        "products": lambda: products(given.repeats),
     }
     for name, part in parts.items():
         if getattr(given, name):
