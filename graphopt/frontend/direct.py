@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ ALIGN = 4096
 # Below it a read costs more than its pages.
 _SMALL = 1 << 20
 _BUFFER = 8 << 20
+_READING = ThreadPoolExecutor(1, "graphopt-reader")
 
 
 def _up(size: int) -> int:
@@ -53,13 +55,27 @@ class Reader:
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
         self._direct = _directly(path, os.O_RDONLY)
+        self._end = -1
+        self._ahead: tuple[int, int, Future[torch.Tensor]] | None = None
         self._resident: _Resident | None = None
         if self._direct is not None:
             weakref.finalize(self, os.close, self._direct)
             self._resident = _Resident(self.file)
 
-    def read(self, first: int, last: int) -> torch.Tensor:
-        """Bytes `first` to `last`, uint8 `[last - first]`: from the page cache where they lie in it, else past it."""
+    def read(self, first: int, last: int, most: int = 0) -> torch.Tensor:
+        """Bytes `first` to `last`, uint8 `[last - first]`: from the page cache where they lie in it, else past it.
+
+        Who reads on where the last read ended is expected to go on: as much again, not beyond `most`, is read meanwhile.
+        """
+        ahead, self._ahead = self._ahead, None
+        data = ahead[2].result() if ahead is not None and ahead[:2] == (first, last) else self._read(first, last)
+        following = min(2 * last - first, most)
+        if first == self._end and following > last:
+            self._ahead = (last, following, _READING.submit(self._read, last, following))
+        self._end = last
+        return data
+
+    def _read(self, first: int, last: int) -> torch.Tensor:
         if (
             self._direct is None
             or last - first < _SMALL

@@ -70,7 +70,7 @@ class Shard:
             first, last = first + start * each, first + stop * each
             shape = (stop - start, *shape[1:])
         try:
-            data = self._reader.read(first, last)
+            data = self._reader.read(first, last, held.stop)
         except OSError as error:
             raise _damaged(self.path, str(error)) from error
         except EOFError as error:

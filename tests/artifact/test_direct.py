@@ -55,6 +55,12 @@ def test_any_part_is_read(file: Path, first: int, length: int, cold: bool) -> No
     assert bytes(Reader(file).read(first, last).numpy()) == BYTES[first:last]
 
 
+def test_reading_on_from_place_to_place(file: Path) -> None:
+    reader, last = Reader(file), SIZE - 99
+    for first in (*range(5, last, 3_000_000), *range(5, last, 3_000_000), 7, 3_000_005):
+        assert bytes(reader.read(first, min(first + 3_000_000, last), last).numpy()) == BYTES[first:last][:3_000_000]
+
+
 def test_what_the_page_cache_holds_is_known(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
