@@ -279,6 +279,7 @@ def page(known: dict[str, Any]) -> str:
     if "latency" in known:
         lines += ["", "## Latency, 4 layers", "", "Seconds of processor time a call and how many times faster than eager,",
                   "medians, peers in turns, each in its own process. Build is the first call, for ONNX Runtime its export.",
+                  "The row with Inductor through graphopt is of a run of its own, its ratios beside the eager of that run.",
                   "", "| | (1, 64) | | (8, 128) | | largest difference | build |",
                   "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
         for peer, own in known["latency"].items():
