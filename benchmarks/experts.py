@@ -228,7 +228,7 @@ def page(found: dict[str, Any]) -> str:
         lines += [
             "",
             "Time falls with the active experts. All eight together take 1.1 to 1.5 times what the dense model does at the",
-            "same FLOPs, and fewer are as much behind their FLOPs; what that goes to was not measured.",
+            "same FLOPs, and fewer 1.1 to 1.5 times what their FLOPs say; what that goes to was not measured.",
             "",
         ]
     return "\n".join(lines)
