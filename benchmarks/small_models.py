@@ -260,9 +260,12 @@ def _factory(auto: str, model_type: str) -> Any:
 
 
 def _randomise(model: Any) -> None:
-    """Weights large enough that every part shows in the result."""
+    """Weights large enough that every part shows in the result; those that are computed and never saved stay."""
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name in computed:
+                continue
             if parameter.dim() > 1:
                 parameter.normal_(0, min(0.15, parameter.shape[-1] ** -0.5))
             else:
