@@ -12,7 +12,7 @@ from graphopt.diagnostics import PlanError
 from graphopt.ir.expressions import Const
 from graphopt.ir.packed import Packed
 from graphopt.ir.program import Program
-from graphopt.ir.run import specialised
+from graphopt.ir.run import runnable
 from graphopt.observe import Statistics, Tap
 from graphopt.observe.stream import compute
 from graphopt.select.score import routing_tap
@@ -32,7 +32,7 @@ class ExpertRows:
         if bank.weighted is None or bank.index is None or bank.share is None:
             raise PlanError.of("no_routing", f"the graph does not show the rows that each expert of {bank.path} makes")
         self.bank = bank
-        nodes = {node.name: node for node in specialised(program, torch.float32, "cpu").graph.nodes}
+        nodes = {node.name: node for node in runnable(program, torch.float32, "cpu").graph.nodes}
         self._target = nodes[bank.weighted.name]
         self._index, self._share = nodes[bank.index.name], nodes[bank.share.name]
         self._given: dict[fx.Node, Any] = {}
