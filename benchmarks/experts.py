@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py --exact      # all experts active: against the dense model, and as a stock checkpoint
     python benchmarks/experts.py --quality    # perplexity by active experts and router
+    python benchmarks/experts.py --bits       # perplexity and bytes by bits of the experts, and with choices dropped
     python benchmarks/experts.py --speed      # processor time for a token beside the FLOPs, one thread, interleaved
     python benchmarks/experts.py --page       # docs/experts.md from the stored figures
 
@@ -18,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,23 @@ from graphopt.artifact import save
 from graphopt.compiler.text import evaluate, load_text
 from graphopt.cost import cost
 from graphopt.ir.program import Program
-from graphopt.passkit import PassRegistry
+from graphopt.ir.rewriter import Rewriter
+from graphopt.passes.weights.packing import Pack
+from graphopt.passes.weights.quantize import Quantize
+from graphopt.passkit import Context, PassRegistry
 from graphopt.spec import parse_spec
+from graphopt.views import Views
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "tiny_lm"
 RESULTS = ROOT / "benchmarks" / "results" / "experts.json"
 EXPERTS, ACTIVE, SEEDS = 8, (6, 4, 2), (0, 1, 2)
 SAMPLES, SEQ = 64, 256
+BITS_ACTIVE, GROUP = 4, 128
+# Bits on average, and the widths that an expert may have.
+BITS = ((2, (1, 2, 3)), (2.5, (1, 2, 3)), (2.5, (2, 3)), (3, (2, 3, 4)), (4, (3, 4, 5)))
+PAPER = {"frequency": 1, "mass": 1.5, "error": 2}
+BY_ERROR = {"frequency": 0, "mass": 0, "error": 2}
 RECIPE = {"steps": 150, "batch": 4, "seq": 128, "rate": 2e-3, "warmup": 10}
 
 
@@ -95,6 +107,55 @@ def quality(program: Program) -> dict[str, Any]:
         print(json.dumps(row), file=sys.stderr, flush=True)
         found["rows"].append(row)
     return found
+
+
+def bits(program: Program) -> dict[str, Any]:
+    """Perplexity and bytes on disk by the bits of the experts, and by which choices are dropped as well."""
+    base = run(program, step("fitted", BITS_ACTIVE))
+
+    def measured(made: Program) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as directory:
+            size = save(made, Path(directory) / "out", format="graphopt").bytes
+        found = {
+            "perplexity": round(evaluate(made, MODEL / "heldout.txt", SAMPLES, SEQ)["perplexity"], 4),
+            "bytes": size,
+        }
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        return found
+
+    found: dict[str, Any] = {"dense": measured(program), "full": measured(base), "rows": [], "dropping": []}
+    for average, widths in BITS:
+        row: dict[str, Any] = {"bits": average, "widths": widths}
+        row["uniform"] = measured(_rounded(base, average))
+        row["paper"] = measured(run(base, _allocated(average, widths, PAPER)))
+        row["by_error"] = measured(run(base, _allocated(average, widths, BY_ERROR)))
+        found["rows"].append(row)
+    for below in (0.5, 0.7, "median"):
+        drop = {"use": "reroute", "below": below, "protect": "2%", "where": {"layers": "1..-1"}}
+        dropped = run(base, drop)
+        shares = [noted["dropped"] for noted in dropped.trail[-1].certificate["notes"]["dropped"].values()]
+        row = {"below": below, "dropped": round(statistics.mean(shares), 3), "full": measured(dropped)}
+        row["by_error"] = measured(run(dropped, _allocated(2.5, (2, 3), BY_ERROR)))
+        found["dropping"].append(row)
+    spec = ROOT / "specs" / "methods" / "mc_moe.yaml"
+    return found | {"spec": measured(graphopt.compile(base, spec, overrides=["verify=off"]))}
+
+
+def _allocated(average: float, widths: Sequence[int], powers: dict[str, float]) -> dict[str, Any]:
+    """Experts of several widths, everything else as it is."""
+    experts = {"widths": list(widths), "average": average, "required": [], **powers}
+    return {"use": "quantize", "parts": ["experts"], "group": GROUP, "experts": experts}
+
+
+def _rounded(program: Program, average: float) -> Program:
+    """All experts in as many bits; where that is no whole number, every other one in the next."""
+    views, rewriter = Views(program), Rewriter(program)
+    plan = Quantize(parts=("experts",), group=GROUP).plan(Context(views, tuple(range(len(views.blocks)))))
+    widths = tuple(int(average) + (i % 2) * (average != int(average)) for i in range(EXPERTS))
+    for edit in plan.edits:
+        assert isinstance(edit, Pack)
+        replace(edit, bits=widths).apply(rewriter, views)
+    return rewriter.finish()
 
 
 def speed(program: Program, repeats: int) -> dict[str, Any]:
@@ -208,6 +269,8 @@ def page(found: dict[str, Any]) -> str:
                 "experts that were chosen, and says nothing of those that should have been.",
                 "",
             ]
+    if "bits" in found:
+        lines += _bits_page(found["bits"])
     if "speed" in found:
         lines += [
             "## Time and FLOPs",
@@ -234,20 +297,67 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _bits_page(found: dict[str, Any]) -> list[str]:
+    """Two tables: bits against perplexity, and choices dropped."""
+
+    def cell(one: dict[str, Any]) -> str:
+        return f"{one['perplexity']:.2f} ({one['bytes'] / 1e6:.2f} MB)"
+
+    whole, spec = found["full"], found["spec"]
+    lines = [
+        "## Bits of the experts",
+        "",
+        f"{BITS_ACTIVE} of 8 active, fitted router, experts rounded without training (`quantize`, groups of {GROUP}), all",
+        f"else in bfloat16 as shipped: perplexity, in brackets the size on disk. Full precision: {cell(whole)}; dense",
+        f"model: {cell(found['dense'])}. `uniform`: the same bits for each expert, for 2.5 by turns 2 and 3; the others",
+        "are the exact best widths for each layer, on average the bits of the row: `MC-MoE` with the powers of the paper",
+        "(how often an expert is chosen, what its choices count to the power 1.5, its error squared), `error` with the",
+        "squared error of the layer's output alone.",
+        "",
+        "| bits | widths | uniform | MC-MoE | error |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        widths = ", ".join(map(str, row["widths"]))
+        lines.append(
+            f"| {row['bits']} | {widths} | {cell(row['uniform'])} | {cell(row['paper'])} | {cell(row['by_error'])} |"
+        )
+    if all(row["paper"]["perplexity"] > row["by_error"]["perplexity"] for row in found["rows"]):
+        lines += [
+            "",
+            "The powers of the paper are worse than the error alone in every row: the layer's error holds already how often",
+            "an expert is chosen and what its choices count.",
+        ]
+    lines += [
+        "",
+        "Choices dropped token by token behind the first layer (`reroute` with `protect: 2%`): the share of choices that",
+        "calibration text drops there, and perplexity with experts in full precision and in 2.5 bits (2 and 3, by error):",
+        "",
+        "| dropped below this share of the best choice | choices dropped | full precision | 2.5 bits |",
+        "|---|---|---|---|",
+    ]
+    for row in found["dropping"]:
+        full, few = row["full"]["perplexity"], row["by_error"]["perplexity"]
+        lines.append(f"| {row['below']} | {row['dropped']:.0%} | {full:.2f} | {few:.2f} |")
+    return [*lines, "", f"specs/methods/mc_moe.yaml as it stands, all other matrices in 4 bits: {cell(spec)}.", ""]
+
+
 def main() -> None:
     """Run what is asked for and store it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for part in ("exact", "quality", "speed", "page"):
+    for part in ("exact", "quality", "bits", "speed", "page"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if arguments.exact or arguments.quality or arguments.speed:
+    if arguments.exact or arguments.quality or arguments.bits or arguments.speed:
         program = graphopt.capture(MODEL)
         if arguments.exact:
             found["exact"] = exact(program)
         if arguments.quality:
             found["quality"] = quality(program)
+        if arguments.bits:
+            found["bits"] = bits(program)
         if arguments.speed:
             found["speed"] = speed(program, arguments.repeats)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
