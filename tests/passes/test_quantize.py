@@ -11,12 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import graphopt
 from graphopt.diagnostics import BudgetError, PlanError
 from graphopt.ir.program import Program
 from graphopt.ops.quantised import encode, grid, pack, unpack
 from graphopt.passes.weights.packing import Pack
 from graphopt.passes.weights.quantize import Quantize
+from graphopt.passkit import PassRegistry
 from graphopt.select.allocate import best_widths
+from graphopt.spec import parse_spec
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.testing.trial import given as inputs
@@ -77,16 +80,26 @@ def test_every_bank_of_matrices_is_packed(name: str) -> None:
     assert case.after.weights.bytes < case.program.weights.bytes
 
 
-def test_a_bank_that_is_not_recognised_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = program("mixtral")
-    views = Views(whole)
-    lost = next(iter(views.labels.bank_linears))
-    del views.labels.bank_linears[lost]
-    config = Quantize()
-    context = trial(config, whole).context_of(views)
-    with pytest.raises(PlanError, match="would stay as it is: no matrix product is seen to read it"):
-        config.plan(context)
-    assert Quantize(parts=("products",)).plan(context).edits
+@pytest.mark.parametrize("name", BANKS)
+def test_banks_that_are_not_recognised_are_an_error(name: str) -> None:
+    whole = program(name)
+    for lost in (*Views(whole).labels.bank_linears, None):
+        views = Views(whole)
+        banks = views.labels.bank_linears
+        # Each bank on its own, and all of them.
+        for node in [lost] if lost is not None else list(banks):
+            del banks[node]
+        config = Quantize()
+        context = trial(config, whole).context_of(views)
+        with pytest.raises(PlanError, match="would stay as it is"):
+            config.plan(context)
+        assert Quantize(parts=("products",)).plan(context).edits
+
+
+def test_no_bank_at_all_is_an_error() -> None:
+    spec = "{graphopt: 1, verify: 'off', steps: [{use: quantize, parts: [experts]}]}"
+    with pytest.raises(PlanError, match="quantize found nothing to change"):
+        graphopt.compile(program("llama"), parse_spec(spec, registry=PassRegistry(), file="spec.yaml"))
 
 
 def test_both_runs_of_a_contrast_are_packed() -> None:
