@@ -60,7 +60,8 @@ class Reader:
         self._resident: _Resident | None = None
         if self._direct is not None:
             weakref.finalize(self, os.close, self._direct)
-            self._resident = _Resident(self.file)
+            # An empty file cannot be mapped, and has nothing to read.
+            self._resident = _Resident(self.file) if os.fstat(self.file).st_size else None
 
     def read(self, first: int, last: int, most: int = 0) -> torch.Tensor:
         """Bytes `first` to `last`, uint8 `[last - first]`: from the page cache where they lie in it, else past it.
