@@ -7,6 +7,7 @@ they say what a config has to change; another op is fatal.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +191,13 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     schema = node.target._schema.arguments
     given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return defaults | given | dict(node.kwargs)
+    found = defaults | given | dict(node.kwargs)
+    if node.target is aten.slice.Tensor:
+        # To the end or to more than there is.
+        size = found["self"].meta["val"].shape[found["dim"]]
+        if found["end"] is None or (isinstance(size, int) and isinstance(found["end"], int) and found["end"] >= size):
+            found["end"] = sys.maxsize
+    return found
 
 
 def _op(node: fx.Node) -> str:

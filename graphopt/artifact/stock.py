@@ -120,7 +120,20 @@ def _config(search: _Search, values: Values) -> Any:
 
     raw = {key: value for key, value in copy.deepcopy(dict(search.raw)).items() if key != "auto_map"}
     model_type = raw.pop("model_type")
-    return AutoConfig.for_model(model_type, **{**raw, **values})
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        part = raw
+        for name in outer:
+            part = part.setdefault(name, {})
+        part[last] = value
+    return AutoConfig.for_model(model_type, **raw)
+
+
+def _flat(data: Mapping[str, Any]) -> Values:
+    """The values of a config and, as `vision_config.patch_size`, those of the configs that it is made of."""
+    inner = {key: value for key, value in data.items() if isinstance(value, dict) and "model_type" in value}
+    within = {f"{name}.{key}": value for name, part in inner.items() for key, value in _flat(part).items()}
+    return {key: value for key, value in data.items() if key not in inner} | within
 
 
 def _architecture(search: _Search) -> str | None:
@@ -168,7 +181,7 @@ def _first_guess(search: _Search) -> Values:
     program = search.program
     attentions = _attentions(program)
     values: Values = {}
-    if attentions:
+    if attentions and config.attribute_map.get("num_hidden_layers", "num_hidden_layers") in config.to_dict():
         heads = [(a.args[0].meta["val"].shape, a.args[1].meta["val"].shape) for a in attentions]
         for what, sizes in (
             ("query heads", [int(q[1]) for q, _ in heads]),
@@ -252,7 +265,7 @@ def _closest(names: set[str], candidates: list[set[str]]) -> int:
 
 def _neighbours(search: _Search, values: Values, found: Match) -> Iterator[Values]:
     """Configs that answer the differences of the last match: sizes, eps, biases, ties."""
-    data = _config(search, values).to_dict()
+    data = _flat(_config(search, values).to_dict())
     kinds = {difference.kind for difference in found.differences}
     sizes = _size_changes(found)
     changes = [

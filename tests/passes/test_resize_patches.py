@@ -14,6 +14,7 @@ from transformers import (
     CLIPForImageClassification,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    LlavaForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -32,7 +33,7 @@ from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.testing.trial import trial
 from graphopt.views import Views
-from tests.pictures import reader_program
+from tests.pictures import IMAGE, reader_program
 
 BATCH = Dim("B", 1, 1 << 16, 3)
 SIZES: dict[str, Any] = {
@@ -142,6 +143,20 @@ def test_the_result_is_a_stock_checkpoint(make: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = after.module(torch.float32)(pixel_values=pictures)[0]
         torch.testing.assert_close(loaded(pixel_values=pictures)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [2, 8])
+def test_a_reader_of_pictures_is_a_stock_checkpoint(patch: int, tmp_path: Path) -> None:
+    after = trial(ResizePatches(patch=patch), reader_program()).after
+    graphopt.save(after, tmp_path / "out", format="transformers")
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    vision = loaded.config.vision_config
+    assert (vision.patch_size, vision.image_size, vision.num_hidden_layers) == (patch, 16, 3)
+    ids = torch.tensor([[7, 8, *[IMAGE] * (16 // patch) ** 2, 9, 11]] * 2)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        expected = after.module(torch.float32)(**inputs)[0]
+        torch.testing.assert_close(loaded(**inputs)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_size_that_leaves_a_rest_is_refused(program: Program) -> None:
