@@ -4,7 +4,8 @@
 
 Makes a random bf16 checkpoint of a Llama shape (7b: Llama-2-7B, 13.5 GB in 3 shards; 1b: TinyLlama-1.1B with as many
 KV heads as heads; 1b-4-layers: its first four layers; small: seconds), runs every conversion in a process of its own,
-and writes benchmarks/results/convert.json. The page cache forgets the checkpoint before each, and the time ends when
+and writes benchmarks/results/convert.json. The files are copied before each conversion and at the end; times are compared
+with the median of the copies. The page cache forgets the checkpoint before each, and the time ends when
 all that was written is on the disk (`sync`), for the copy and for other tools alike. Peak memory is the kernel's
 `ru_maxrss` of the process, bytes are its `rchar` and `wchar` (what it asked the kernel to read and write, its own code
 included). `--page` writes the tables of docs/large_models.md from the file.
@@ -20,6 +21,7 @@ import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -262,8 +264,14 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         print(name, found[name], flush=True)
         save(options.out, options.shape, {"jobs": found})
 
-    job("copy", [sys.executable, "-c", COPY, str(checkpoint), str(work / "copied")], work / "copied")
+    def copy() -> None:
+        before = found.get("copy", {}).get("every", [])
+        job("copy", [sys.executable, "-c", COPY, str(checkpoint), str(work / "copied")], work / "copied")
+        every = [*before, found["copy"]["seconds"]]
+        found["copy"] |= {"every": every, "seconds": round(statistics.median(every), 2)}
+
     for name in options.jobs:
+        copy()
         spec = spec_of(work, name, JOBS[name], layers)
         if options.estimate:
             planned = [sys.executable, "-m", "graphopt", "plan", str(spec), "-m", str(checkpoint)]
@@ -280,7 +288,6 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         rows = json.loads((work / f"{name}.log").read_text())["rows"]
         certificates = [row["certificate"] for row in rows if "certificate" in row]
         found[name]["verified"] = [c.get("blocks", c.get("level")) for c in certificates]
-        compared(found, name)
         if options.estimate:
             found[name]["predicted"] = json.loads(text)["estimate"]
         save(options.out, options.shape, {"jobs": found})
@@ -293,14 +300,11 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         out = work / "out-mergekit"
         command = [str(options.mergekit), str(config), str(out), "--no-copy-tokenizer"]
         job("mergekit_skip", [*command, "--lazy-unpickle"], out)
-        compared(found, "mergekit_skip")
+    copy()
+    for each in found.values():
+        each["times_the_copy"] = round(each["seconds"] / found["copy"]["seconds"], 2)
+    save(options.out, options.shape, {"jobs": found})
     return found
-
-
-def compared(found: dict[str, Any], name: str) -> None:
-    """Put a job's time beside that of the copy in the same run."""
-    copy = found["copy"]["seconds"]
-    found[name] |= {"copy_seconds": copy, "times_the_copy": round(found[name]["seconds"] / copy, 2)}
 
 
 def flap(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import errno
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,29 +68,37 @@ class Reader:
     def read(self, first: int, last: int, most: int = 0) -> torch.Tensor:
         """Bytes `first` to `last`, uint8 `[last - first]`: from the page cache where they lie in it, else past it.
 
-        Who reads on where the last read ended is expected to go on: as much again, not beyond `most`, is read meanwhile.
+        Who reads on where the last read ended is expected to go on: as much again, not beyond `most`, is read meanwhile,
+        and what of it is asked for next is not read again.
         """
         ahead, self._ahead = self._ahead, None
-        data = ahead[2].result() if ahead is not None and ahead[:2] == (first, last) else self._read(first, last)
+        data = None
+        if ahead is not None and ahead[0] <= first < ahead[1]:
+            data = ahead[2].result()[first - ahead[0] : last - ahead[0]]
+            if first + len(data) < last:
+                data = torch.cat([data, self._read(first + len(data), last)])
+        if data is None:
+            data = self._read(first, last)
         following = min(2 * last - first, most)
         if first == self._end and following > last:
-            self._ahead = (last, following, _READING.submit(self._read, last, following))
+            # The buffer is this thread's: another one's allocator would keep 200 MB of such buffers for itself.
+            self._ahead = (last, following, _READING.submit(self._planned(last, following)))
         self._end = last
         return data
 
     def _read(self, first: int, last: int) -> torch.Tensor:
+        return self._planned(first, last)()
+
+    def _planned(self, first: int, last: int) -> Callable[[], torch.Tensor]:
+        """What reads these bytes, into a buffer that is already there."""
         if (
             self._direct is None
             or last - first < _SMALL
             or (self._resident is not None and self._resident(first, last))
         ):
-            data = torch.empty(last - first, dtype=torch.uint8)
-            _fill(self.file, data, 0, first, len(data))
-            return data
+            return partial(_fill, self.file, torch.empty(last - first, dtype=torch.uint8), first, 0, last - first)
         lead = first % ALIGN
-        whole = _aligned(_up(lead + last - first))
-        _fill(self._direct, whole, 0, first - lead, lead + last - first)
-        return whole[lead : lead + last - first]
+        return partial(_fill, self._direct, _aligned(_up(lead + last - first)), first - lead, lead, last - first)
 
 
 class _Resident:
@@ -107,14 +117,15 @@ class _Resident:
         return bool((pages & 1).all())
 
 
-def _fill(file: int, buffer: torch.Tensor, start: int, origin: int, needed: int) -> None:
-    """Read the file from `origin + start` on into the buffer from `start` on, until `needed` bytes of it are there."""
-    view = memoryview(buffer.numpy())
-    while start < needed:
+def _fill(file: int, buffer: torch.Tensor, origin: int, lead: int, count: int) -> torch.Tensor:
+    """The `count` bytes of a file from `origin + lead` on, read into the buffer together with those before them."""
+    view, start = memoryview(buffer.numpy()), 0
+    while start < lead + count:
         got = os.preadv(file, [view[start:]], origin + start)
         if got == 0:
             raise EOFError
         start += got
+    return buffer[lead : lead + count]
 
 
 class Writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,32 @@ def test_reading_on_from_place_to_place(file: Path) -> None:
     reader, last = Reader(file), SIZE - 99
     for first in (*range(5, last, 3_000_000), *range(5, last, 3_000_000), 7, 3_000_005):
         assert bytes(reader.read(first, min(first + 3_000_000, last), last).numpy()) == BYTES[first:last][:3_000_000]
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 200_000), st.integers(1, 3 * SMALL)), min_size=1, max_size=9),
+    cold=st.booleans(),
+)
+@settings(max_examples=30)
+def test_reading_on_with_gaps_reads_nothing_twice(file: Path, steps: list[tuple[int, int]], cold: bool) -> None:
+    if cold:
+        forget(file)
+    reader, last, read = Reader(file), 3, [0]
+    with pytest.MonkeyPatch.context() as patch:
+        fill = direct._fill
+
+        def counted(*args: Any) -> Any:
+            read[0] += args[-1]
+            return fill(*args)
+
+        patch.setattr(direct, "_fill", counted)
+        for gap, length in steps:
+            first = min(last + gap, SIZE)
+            last = min(first + length, SIZE)
+            assert bytes(reader.read(first, last, SIZE).numpy()) == BYTES[first:last]
+        if reader._ahead is not None:
+            reader._ahead[2].result()
+    assert read[0] <= last + 3 * SMALL
 
 
 def test_what_the_page_cache_holds_is_known(tmp_path: Path) -> None:
