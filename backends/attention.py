@@ -18,22 +18,36 @@ from graphopt.backends.index import ZERO, Index, Unfusable, linear, same, text_o
 from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
 from graphopt.backends.loops import spread
 from graphopt.backends.pointwise import SIGNATURE, TRITON
-from graphopt.ops import attention, cached_attention
+from graphopt.ops import attention, bounded_attention, cached_attention, heavy_weights, held_attention
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MOST_FEATURES = 256
+CORES = (attention, cached_attention, bounded_attention, held_attention, heavy_weights)
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """What an attention is given, by the names of its op."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    return {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=True)}
+
+
+def _has_template(node: fx.Node) -> bool:
+    from graphopt.backends.held import is_bounded
+
+    return node.target in (attention, cached_attention) or is_bounded(node)
 
 
 def is_attention(node: fx.Node) -> bool:
     """Whether the generator writes a node as attention: known head sizes, a mask of two or four axes."""
-    if node.target not in (attention, cached_attention):
+    if node.target not in CORES or not _has_template(node):
         return False
-    cached = node.target is cached_attention
-    q, v, mask = (node.args[i] for i in (0, 2, 8 if cached else 3))
-    sizes = (q.meta["val"].shape[3], v.meta["val"].shape[3], q.meta["val"].shape[1])  # type: ignore[union-attr]
+    given = operands(node)
+    q, mask = given["q"], given.get("mask")
+    v = given.get("v", q)
+    sizes = (q.meta["val"].shape[3], v.meta["val"].shape[3], q.meta["val"].shape[1])
     if any(not isinstance(size, int) for size in sizes) or not 1 < min(sizes[:2]) <= max(sizes[:2]) <= MOST_FEATURES:
         return False
-    if q.meta["val"].dtype not in FLOATS or len({n.meta["val"].dtype for n in node.args[:3]}) > 1:  # type: ignore[union-attr]
+    if q.meta["val"].dtype not in FLOATS or len({n.meta["val"].dtype for n in (q, given["k"], v)}) > 1:
         return False
     return not isinstance(mask, fx.Node) or mask.meta["val"].dim() in (2, 4)
 
@@ -45,28 +59,26 @@ class AttentionEmitter(Emitter):
     """
 
     loop_of = {"t_down": "t"}
+    extras: tuple[tuple[str, str], ...] = ()  # arguments beside inputs and outputs, with their types
 
     def __init__(self, node: fx.Node) -> None:
         axes = ("m", "t", "t_down", "d", "d_down", "e")
         super().__init__([node], {axis: f"{axis}_in" for axis in axes})
         self.node = node
-        given = {argument.name: value for argument, value in zip(node.target._schema.arguments, node.args, strict=True)}  # type: ignore[union-attr]
-        self.given: dict[str, Any] = given
-        self.q, self.k, self.v = given["q"], given.get("keys", given["k"]), given.get("values", given["v"])
-        self.mask, self.sinks = given["mask"], given["sinks"]
-        self.window = given["window"]
+        self.given = given = operands(node)
+        self.q, self.k, self.v = given["q"], given.get("keys", given["k"]), given.get("values", given.get("v"))
+        self.mask, self.sinks = given.get("mask"), given["sinks"]
+        self.window = given.get("window")
         _, self.heads, self.queries, self.features = self.sizes(self.q)
         self.batch, self.kv_heads, self.keys, _ = self.sizes(self.k)
-        self.width = self.sizes(self.v)[3]
+        self.width = self.features if self.v is None else self.sizes(self.v)[3]
         if not isinstance(self.kv_heads, int) or self.heads % self.kv_heads:
             raise Unfusable("attention whose heads are not known")
         self.group = self.heads // self.kv_heads
         self.b = Index("b") if not same(self.batch, 1) else ZERO
         self.kv = Index("kv") if self.kv_heads > 1 else ZERO
         self.row, self.h = self.rows()
-        self.kept_half = {_base(each) for each in (self.q, self.k, self.v)} - {
-            _base(n) for n in (self.mask, self.sinks)
-        }
+        self.kept_half = {base(each) for each in (self.q, self.k, self.v)} - {base(n) for n in (self.mask, self.sinks)}
 
     def rows(self) -> tuple[Index, Index]:
         """The query and the head of a tile's row."""
@@ -127,11 +139,8 @@ class AttentionEmitter(Emitter):
         query = self.read(self.q, [self.b, self.h, self.row, d], "[MBLOCK, DBLOCK]")
         with self.loop("t") as loop:
             say = loop.lines.append
-            keys = self.read(self.k, [self.b, self.kv, t, d_down], "[DBLOCK, TBLOCK]")
-            say(f"logits = tl.dot(query, {keys}.to(DOT){self._exact()}) * {self.given['scale']!r}")
-            if self.given["softcap"] is not None:
-                self.helpers.add("tanh")
-                say(f"logits = {self.given['softcap']!r} * tanh(logits / {self.given['softcap']!r})")
+            self.place(say)
+            self.score(say, self.key_tile(t, d_down))
             conditions = self.visible(say)
             if self.mask is not None:
                 found = self.mask.meta["val"]
@@ -152,8 +161,9 @@ class AttentionEmitter(Emitter):
                 "kept = tl.exp(best - base)",
                 "total = total * kept + tl.sum(weights, 1)[:, None]",
             ]
-            values = self.read(self.v, [self.b, self.kv, t_down, self.index("e", self.width)], "[TBLOCK, EBLOCK]")
-            loop.lines += [f"acc = acc * kept + tl.dot(weights.to(DOT), {values}.to(DOT){self._exact()})", "best = top"]
+            values = self.value_tile(t_down, self.index("e", self.width))
+            loop.lines += self.gathered(values)
+            loop.lines += [f"acc = acc * kept + tl.dot(weights.to(DOT), {values}.to(DOT){self.exact()})", "best = top"]
         before = [*self.blocks[0].lines, f"query = {query}.to(DOT)"]
         before += [
             'best = tl.full([MBLOCK, 1], -float("inf"), tl.float32)',
@@ -161,6 +171,7 @@ class AttentionEmitter(Emitter):
         ]
         before.append("acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)")
         self.blocks[0].lines = []
+        before += self.opened()
         after: list[str] = []
         if self.sinks is not None:
             sink = self.read(self.sinks, [self.h])
@@ -168,6 +179,49 @@ class AttentionEmitter(Emitter):
             after += [f"total = total * kept + tl.exp({sink} - top)", "acc = acc * kept", "best = top"]
             self.blocks[0].lines = []
         return before, loop.lines, after
+
+    def preparing(self) -> list[str]:
+        """Lines of the launch that make the extra arguments."""
+        return []
+
+    def opened(self) -> list[str]:
+        """Further lines before the loop."""
+        return []
+
+    def gathered(self, values: str) -> list[str]:
+        """Further lines of the loop, once values are there."""
+        return []
+
+    def kept(self, part: str) -> list[str]:
+        """Lines that store further results of a part of the keys."""
+        return []
+
+    def joined(self) -> list[str]:
+        """Lines that take what parts stored into account once they are joined."""
+        return []
+
+    def place(self, say: Callable[[str], None]) -> None:
+        """Say where in the text a key stands, for attention that asks."""
+
+    def key_tile(self, t: Index, d: Index) -> str:
+        """A block of keys, features down."""
+        return self.read(self.k, [self.b, self.kv, t, d], "[DBLOCK, TBLOCK]")
+
+    def value_tile(self, t: Index, e: Index) -> str:
+        """A block of values, keys down."""
+        return self.read(self.v, [self.b, self.kv, t, e], "[TBLOCK, EBLOCK]")
+
+    def score(self, say: Callable[[str], None], keys: str) -> None:
+        """Say the logits of the tile."""
+        say(f"logits = tl.dot(query, {keys}.to(DOT){self.exact()}) * {self.given['scale']!r}")
+        self.cap(say)
+
+    def cap(self, say: Callable[[str], None], name: str = "logits") -> None:
+        """Cap logits where the op does."""
+        cap = self.given["softcap"]
+        if cap is not None:
+            self.helpers.add("tanh")
+            say(f"{name} = {cap!r} * tanh({name} / {cap!r})")
 
     def walk(self, loop: list[str]) -> list[str]:
         """The loop over blocks of keys."""
@@ -201,11 +255,12 @@ class AttentionEmitter(Emitter):
         indices = [self.b, self.h, self.row, self.index("e", self.width)]
         return spread(linear(indices, self.sizes(self.node)), "m")
 
-    def _exact(self) -> str:
+    def exact(self) -> str:
+        """What products of float32 tiles are asked for: no shortened mantissas."""
         return ', input_precision="ieee"' if self.q.meta["val"].dtype == torch.float32 else ""
 
 
-def _base(node: Any) -> Any:
+def base(node: Any) -> Any:
     """What a view reads in the end."""
     while isinstance(node, fx.Node) and packet(node) in VIEWS:
         node = node.args[0]
@@ -221,13 +276,25 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     """The kernel of one attention; raises Unfusable when other nodes are to join it."""
     if len(nodes) != 1 or list(outputs) != list(nodes):
         raise Unfusable("attention stands alone")
-    if nodes[0].target is cached_attention or same(nodes[0].args[0].meta["val"].shape[2], 1):  # type: ignore[union-attr]
+    node = nodes[0]
+    if node.target is not attention:
+        from graphopt.backends import held
+
+        if node.target is heavy_weights:
+            return held.build_weights(node)
+        if node.target is held_attention and node.args[8] is not None:
+            return held.build_weighed(node)
+    if node.target in (cached_attention, held_attention) or (
+        node.target is attention and same(node.args[0].meta["val"].shape[2], 1)  # type: ignore[union-attr]
+    ):
         from graphopt.backends.decode import build_split
 
-        return build_split(nodes[0])
-    e = AttentionEmitter(nodes[0])
-    signature = Signature(e, outputs)
+        return build_split(node)
+    e = AttentionEmitter(node) if node.target is attention else held.BoundedEmitter(node)
+    bounds = e.bounds()
     before, loop, after = e.body()
+    signature = Signature(e, outputs)
+    extras = [name for name, _ in e.extras]
     tile = {"MBLOCK": 64, **e.tile()}
     body = [
         "m_start = tl.program_id(0) * MBLOCK",
@@ -237,7 +304,7 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
         f"h = tl.program_id(1) % {e.heads}",
         f"kv = h // {e.group}",
         *e.feature_lines(),
-        *e.bounds(),
+        *bounds,
         *before,
         *e.walk(loop),
         *after,
@@ -245,11 +312,13 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
         f"tl.store(out0 + {e.result()}, result, mask=m_in & e_in)",
     ]
     names = [*tile, "DOT"]
-    text = kernel_text("kernel", [*signature.names, *(f"{n}: tl.constexpr" for n in names)], body)
-    arguments = ", ".join([*signature.names, *(f"{n}={n}" for n in names), "num_warps=num_warps"])
+    text = kernel_text("kernel", [*signature.names, *extras, *(f"{n}: tl.constexpr" for n in names)], body)
+    arguments = ", ".join([*signature.names, *extras, *(f"{n}={n}" for n in names), "num_warps=num_warps"])
     grid = f"(triton.cdiv({text_of(e.queries)}, MBLOCK), {text_of(e.batch)} * {e.heads})"
-    entry = Entry("kernel", signature.types(), (*tile.items(), ("DOT", SIGNATURE[e.q.meta["val"].dtype])), 4)
-    return finish(e, signature, [text], call_text(f"kernel[{grid}]", arguments), tile, [entry], "attention")
+    dot = SIGNATURE[e.q.meta["val"].dtype]
+    entry = Entry("kernel", (*signature.types(), *e.extras), (*tile.items(), ("DOT", dot)), 4)
+    call = [*e.preparing(), *call_text(f"kernel[{grid}]", arguments)]
+    return finish(e, signature, [text], call, tile, [entry], "attention")
 
 
 def finish(

@@ -15,19 +15,20 @@ from graphopt.backends.index import ZERO, Index, same, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, call_text, kernel_text
 from graphopt.backends.loops import spread
 from graphopt.backends.pointwise import SIGNATURE
-from graphopt.ops import cached_attention
+from graphopt.ops import attention, cached_attention
 
 SPLITS = 8
 M = frozenset("m")
 SCRATCH = ("bests", "totals", "sums")
 
 
-class CachedEmitter(AttentionEmitter):
-    """Attention over a cache: `held` committed entries of a row, then the new ones, which see each other by `ancestors`."""
+class StepEmitter(AttentionEmitter):
+    """Attention of a step of decoding: `held` entries of a row, then the new ones, which see each other by `ancestors`."""
+
+    scratch: tuple[str, ...] = ()  # what a part keeps beside its maximum, its total and its sums
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__(node)
-        self.written_inputs = {self.k, self.v}
         self.new = Index("(t - held)", frozenset("t"))
         self.is_new = Index(f"(t >= held) & (t < held + {text_of(self.queries)})", frozenset("t"))
 
@@ -41,6 +42,29 @@ class CachedEmitter(AttentionEmitter):
         return row, Index(
             f"(kv * {self.group} + {member})" if self.group > 1 else "kv", M if self.group > 1 else frozenset()
         )
+
+    def index_of_new(self) -> Index:
+        """Which new entry a slot holds."""
+        return ZERO if same(self.queries, 1) else self.new
+
+    def sees_new(self) -> str:
+        """Whether a query sees a new entry."""
+        tree = self.read(self.given["ancestors"], [self.b, self.row, self.index_of_new()], guard=self.is_new)
+        return f"{tree} != 0"
+
+    def opening(self, name: str) -> list[str]:
+        """The line that gives an operand's value for the row of the batch, with what it needs."""
+        value = self.read(self.given[name], [self.b])
+        lines, self.blocks[0].lines = self.blocks[0].lines, []
+        return [*lines, f"{name} = {value}"]
+
+
+class CachedEmitter(StepEmitter):
+    """Attention over a cache that grows: the new entries are written behind the committed ones."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node)
+        self.written_inputs = {self.k, self.v}
 
     def bounds(self) -> list[str]:
         """Committed slots within the window of the earliest query, and all new ones."""
@@ -57,8 +81,7 @@ class CachedEmitter(AttentionEmitter):
 
     def visible(self, say: Callable[[str], None]) -> list[str]:
         """Committed entries are seen, new ones by their ancestors, both within the window."""
-        tree = self.read(self.given["ancestors"], [self.b, self.row, self.index_of_new()], guard=self.is_new)
-        conditions = ["t_in", f"((t < held) | ({tree} != 0))"]
+        conditions = ["t_in", f"((t < held) | ({self.sees_new()}))"]
         if self.window is not None or self.mask is not None:
             places = self.read(self.given["positions"], [self.b, self.index_of_new()], guard=self.is_new)
             say(f"place = tl.where(t < held, t, {places})")
@@ -67,10 +90,6 @@ class CachedEmitter(AttentionEmitter):
             conditions.append(f"(place > {own} - {self.window})")
         return conditions
 
-    def index_of_new(self) -> Index:
-        """Which new entry a slot holds."""
-        return ZERO if same(self.queries, 1) else self.new
-
     def mask_column(self) -> Index:
         """A mask speaks of key positions."""
         return Index("place", frozenset("t"))
@@ -78,8 +97,7 @@ class CachedEmitter(AttentionEmitter):
 
 def build_split(node: fx.Node) -> Kernel:
     """The kernels of attention with one query, or over a cache."""
-    cached = node.target is cached_attention
-    e = CachedEmitter(node) if cached else AttentionEmitter(node)
+    e = _emitter(node)
     bounds = e.bounds()
     before, loop, after = e.body()
     out = e.result()
@@ -95,12 +113,14 @@ def build_split(node: fx.Node) -> Kernel:
             "low = low + split * span", "high = tl.minimum(high, low + span)"]  # fmt: skip
     body = [*head, *e.feature_lines(), *bounds, *part, *before, *e.walk(loop), f"part = {place} + split",
             "tl.store(bests + part, best, mask=m_in)", "tl.store(totals + part, total, mask=m_in)",
-            f"tl.store(sums + part * {e.width} + e, acc, mask=m_in & e_in)"]  # fmt: skip
-    names = [*signature.names, *SCRATCH]
+            f"tl.store(sums + part * {e.width} + e, acc, mask=m_in & e_in)", *e.kept("part")]  # fmt: skip
+    scratch = (*SCRATCH, *(e.scratch if isinstance(e, StepEmitter) else ()))
+    names = [*signature.names, *scratch]
     blocks = ["MBLOCK", *tile, "DOT"]
     kernel = kernel_text("kernel", [*names, *(f"{n}: tl.constexpr" for n in blocks)], body)
+    joins = ["MBLOCK", "SPLITS", "EBLOCK", *(["DBLOCK"] if len(scratch) > len(SCRATCH) else [])]
     join = kernel_text(
-        "join", [*names, *(f"{n}: tl.constexpr" for n in ("MBLOCK", "SPLITS", "EBLOCK"))],
+        "join", [*names, *(f"{n}: tl.constexpr" for n in joins)],
         [*head, "e = tl.arange(0, EBLOCK)[None, :]", f"e_in = e < {e.width}", *_joined(e, place, after, out)],
     )  # fmt: skip
     grid = f"{text_of(e.batch)} * {e.kv_heads}, triton.cdiv({rows}, MBLOCK)"
@@ -113,8 +133,11 @@ def build_split(node: fx.Node) -> Kernel:
         "totals = torch.empty_like(bests)",
         f"sums = torch.empty((*shape, {e.width}), dtype=torch.float32, device={device}.device)",
     ]
+    if len(scratch) > len(SCRATCH):
+        call += ["numbers = torch.empty_like(bests)", "gone_values = torch.empty_like(sums)",
+                 f"gone_keys = torch.empty((*shape, {e.features}), dtype=torch.float32, device={device}.device)"]  # fmt: skip
     entries = []
-    types = (*signature.types(), *((n, "*fp32") for n in SCRATCH))
+    types = (*signature.types(), *((n, "*fp32") for n in scratch))
     sizes = {"MBLOCK": 16, **tile}
     dot = SIGNATURE[e.q.meta["val"].dtype]
     functions = [kernel, join]
@@ -132,10 +155,25 @@ def build_split(node: fx.Node) -> Kernel:
     call += call_text(
         f"kernel[({grid}, SPLITS)]", f"{passed}, {', '.join(f'{n}={n}' for n in blocks)}, num_warps=num_warps"
     )
-    call += call_text(f"join[({grid})]", f"{passed}, MBLOCK=MBLOCK, SPLITS=SPLITS, EBLOCK=EBLOCK")
+    call += call_text(f"join[({grid})]", f"{passed}, {', '.join(f'{n}={n}' for n in joins)}")
     entries.append(Entry("kernel", types, (*sizes.items(), ("DOT", dot))))
-    entries.append(Entry("join", types, tuple((n, sizes[n]) for n in ("MBLOCK", "SPLITS", "EBLOCK"))))
-    return finish(e, signature, functions, call, tile, entries, "cached_attention" if cached else "decode_attention")
+    entries.append(Entry("join", types, tuple((n, sizes[n]) for n in joins)))
+    return finish(e, signature, functions, call, tile, entries, template_of(node))
+
+
+def _emitter(node: fx.Node) -> AttentionEmitter:
+    if node.target is attention:
+        return AttentionEmitter(node)
+    if node.target is cached_attention:
+        return CachedEmitter(node)
+    from graphopt.backends.held import HeldEmitter
+
+    return HeldEmitter(node)
+
+
+def template_of(node: fx.Node) -> str:
+    """What names the kernels of a step's attention."""
+    return "decode_attention" if node.target is attention else node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
 
 
 def _joined(e: AttentionEmitter, place: str, after: list[str], out: str) -> list[str]:
@@ -152,6 +190,7 @@ def _joined(e: AttentionEmitter, place: str, after: list[str], out: str) -> list
         "for split in range(SPLITS):",
         '    share = tl.exp(tl.load(bests + part + split, mask=m_in, other=-float("inf")) - base)',
         f"    acc += share * tl.load(sums + (part + split) * {e.width} + e, mask=m_in & e_in, other=0.0)",
+        *e.joined(),
         *after,
         "result = acc / tl.where(total == 0.0, 1.0, total)",
         f"tl.store(out0 + {out}, result, mask=m_in & e_in)",

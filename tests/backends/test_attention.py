@@ -19,6 +19,11 @@ INTERPRET = Options(interpret=True)
 
 def lowered(*arguments: Any) -> Lowered:
     """The kernel of one attention call at fixed sizes."""
+    return lowered_call(attention if len(arguments) == 9 else cached_attention, *arguments)
+
+
+def lowered_call(op: Any, *arguments: Any) -> Lowered:
+    """The kernel of one call of an op at fixed sizes."""
     graph, mode = fx.Graph(), FakeTensorMode()
     nodes = []
     for argument in arguments:
@@ -27,7 +32,6 @@ def lowered(*arguments: Any) -> Lowered:
             node = graph.placeholder(f"in{len(nodes)}")
             node.meta["val"] = mode.from_tensor(argument)
         nodes.append(node)
-    op = attention if len(arguments) == 9 else cached_attention
     call = graph.call_function(op, tuple(nodes))
     with mode:
         call.meta["val"] = op(*(n.meta["val"] if isinstance(n, fx.Node) else n for n in nodes))

@@ -29,6 +29,7 @@ SPECS = {
     "kv_svd": "methods/kv_svd.yaml",
     "decode": "serve/decode.yaml",
     "streaming": "methods/streaming.yaml",
+    "h2o": "methods/h2o.yaml",
     "packed": {"use": "quantize", "bits": 4, "group": 32},
 }
 
