@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from graphopt.backends.direct import calls, direct
 from graphopt.backends.lowering import Lowered, Options, lower_graph
 from graphopt.backends.prepare import raise_sdpa
 
@@ -34,6 +35,10 @@ def backend(
         _report({**made.after.lowered.describe(), **made.describe()}, chosen)
         return run
     kernels = chosen.kernels_on(target)
+    if not kernels and chosen.cpu == "eager" and not _records_gradients(inputs):
+        run = direct(graph)
+        _report(Lowered(run, target, "eager library calls", library=calls(graph.graph)).describe(), chosen)
+        return run
     if kernels:
         raise_sdpa(graph)
 
@@ -70,6 +75,10 @@ def _boxed(graph: fx.GraphModule) -> Callable[..., Any]:
     from torch._functorch._aot_autograd.utils import make_boxed_func
 
     return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+
+def _records_gradients(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 def _device(inputs: Sequence[Any]) -> str:
