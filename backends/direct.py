@@ -23,7 +23,7 @@ _nn = torch._C._nn
 _LARGE = 1 << 20
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 _AUGMENTED = {getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, name[1:])}
-_AUGMENTED.add(operator.setitem)
+_AUGMENTED |= {operator.iand, operator.ior, operator.setitem}
 _LINEAR, _ADDMM, _MATMUL = (F.linear, _nn.linear), (torch.addmm,), (operator.matmul, torch.matmul)
 
 
