@@ -91,10 +91,20 @@ def test_a_budget_of_one_asks_no_drafter_and_is_plain_decoding() -> None:
 
         def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
             super().observe(rows, path)
-            assert path == (0,)
+            assert path == tuple(range(len(path)))
+            self.told += rows.token
+            assert rows.logits.argmax(-1)[:-1].tolist() == list(rows.token[1:])
+            assert torch.equal(rows.of("logits", len(path) - 1), rows.outputs["logits"][-1])
 
+        told: tuple[int, ...] = ()
+
+    wanted = plain("gpt2", 40)
     for drafter in (Silent([]), None):
-        got, log = Speculator(decoder("gpt2"), drafter, Fixed(1)).generate(PROMPT, 8)
-        assert got.tolist() == plain("gpt2", 8)
+        streamed: list[int] = []
+        got, log = Speculator(decoder("gpt2"), drafter, Fixed(1)).generate(PROMPT, 40, stream=streamed.append)
+        assert got.tolist() == wanted
         assert log.tau == 1
         assert all(event.rows == 1 for event in log.steps)
+        assert streamed == wanted[5:]
+        if drafter is not None:
+            assert list(drafter.told) == wanted[5:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,13 +10,14 @@ from typing import Protocol
 from graphopt.runtime.speculate.log import Event
 
 _PAUSE = 4
-"""Steps behind a trial that was too dear before the next one is thought of: thinking, too, takes time."""
+"""Steps with drafts behind a trial that was too dear before the next one is thought of: thinking, too, takes time."""
+_ALWAYS = 1 << 30
 
 
 class Controller(Protocol):
     """Chooses a budget before each step from what the steps before it told. It never changes what is emitted.
 
-    `most` is the largest budget that it may choose.
+    `most` is the largest budget that it may choose. Before each step `pause` is asked, and `budget` when it gave none.
     """
 
     @property
@@ -23,12 +25,16 @@ class Controller(Protocol):
         """The largest budget."""
         ...
 
+    def pause(self) -> int:
+        """Plain steps that come next whatever they tell: fewer may come, at once told of."""
+        ...
+
     def budget(self) -> int:
         """Rows of the next step, the root included: at least 1."""
         ...
 
-    def told(self, event: Event) -> None:
-        """What became of a step."""
+    def told(self, event: Event, count: int = 1) -> None:
+        """What became of a step, or of so many plain ones."""
         ...
 
 
@@ -43,11 +49,15 @@ class Fixed:
         """The rows."""
         return self.rows
 
+    def pause(self) -> int:
+        """Forever when one row is all, else never."""
+        return _ALWAYS if self.rows == 1 else 0
+
     def budget(self) -> int:
         """The rows."""
         return self.rows
 
-    def told(self, event: Event) -> None:
+    def told(self, event: Event, count: int = 1) -> None:
         """Nothing is learnt."""
 
 
@@ -78,15 +88,22 @@ class Goodput:
         """The largest of the budgets."""
         return self.budgets[-1]
 
+    def pause(self) -> int:
+        """Plain steps until the purse pays the next trial, while nothing is better than plain steps."""
+        self._now = self._best
+        if self._best != 1 or len(self.budgets) == 1:
+            return _ALWAYS if len(self.budgets) == 1 else 0
+        if 1 not in self._means:
+            return 1
+        short = self._short(self._next())
+        return math.ceil(short / (self.share * self._means[1][0])) if short > 0 else 0
+
     def budget(self) -> int:
         """The budget under trial, or the best so far."""
         self._now = self._best
-        if self._count < self._ask:
-            return self._now
-        others = [b for b in self.budgets if b != self._best]
-        if others and 1 in self._means:
-            trial = max(others, key=lambda b: (len(self._steps[b]) == 1, -self._last[b]))
-            if len(self._steps[trial]) == 1 or self._loss(trial) <= self._purse:
+        if self._count >= self._ask and 1 in self._means:
+            trial = self._next()
+            if self._short(trial) <= 0:
                 self._now = trial
             else:
                 self._ask = self._count + _PAUSE
@@ -96,27 +113,35 @@ class Goodput:
         """The budget of the largest rate so far."""
         return self._best
 
-    def told(self, event: Event) -> None:
-        """Count the step among its budget's, and pay for it when it was a trial."""
+    def told(self, event: Event, count: int = 1) -> None:
+        """Count the steps among their budget's, and pay for one that was a trial."""
         now, steps = self._now, self._steps[self._now]
         seconds = max(event.seconds, 1e-9)
         steps.append((seconds, event.emitted))
-        self._count += 1
+        self._count += count
         self._last[now] = self._count
         if now == self._best:
-            self._purse += self.share * seconds
+            self._purse += self.share * seconds * count
         elif len(steps) == 2:
             self._pay(2 * min(steps)[0], steps[0][1] + event.emitted)
         elif len(steps) > 2:
             # Rows cost at most a plain step each; what verifying takes above that is an interruption.
             verifying = min(seconds - event.drafting, now * self._means[1][0])
             self._pay(event.drafting + verifying, event.emitted)
-        # Means of plain steps change little, and counting them costs as much as a trial should.
-        if len(steps) > 1 and (now > 1 or len(steps) < 8 or self._count % 8 == 0):
+        if len(steps) > 1:
             if 1 not in self._means:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)
             self._best = min(self._means, key=lambda b: self._means[b][0] / self._means[b][1])
+
+    def _next(self) -> int:
+        """The budget to try next: the one that had a single step, else the one whose last step is longest ago."""
+        others = (budget for budget in self.budgets if budget != self._best)
+        return max(others, key=lambda budget: (len(self._steps[budget]) == 1, -self._last[budget]))
+
+    def _short(self, trial: int) -> float:
+        """Seconds that the purse lacks for a trial."""
+        return 0.0 if len(self._steps[trial]) == 1 else self._loss(trial) - self._purse
 
     def _pay(self, seconds: float, tokens: int) -> None:
         best_seconds, best_tokens = self._means[self._best]

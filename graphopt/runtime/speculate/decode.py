@@ -17,6 +17,9 @@ from graphopt.runtime.speculate.drafter import Drafter, Rows
 from graphopt.runtime.speculate.log import Event, Log
 from graphopt.runtime.speculate.tree import Tree
 
+_TOGETHER = 32
+"""Plain steps of which the drafter and the controller hear at once, at most: what these returned is held so long."""
+
 
 @dataclass
 class Speculator:
@@ -55,11 +58,17 @@ class Speculator:
             tell(sequence[-1])
             left = max_new_tokens - 1
             while left and sequence[-1] not in stops:
-                new = self._step(cache, sequence[-1], left, stops, log)
+                plain, budget = left if self.drafter is None else self.controller.pause(), 1
+                if not plain:
+                    budget = self.controller.budget()
+                if budget == 1:
+                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left, _TOGETHER), stops, log, stream)
+                else:
+                    new = self._step(cache, sequence[-1], budget, left, stops, log)
+                    for token in new:
+                        tell(token)
                 sequence += new
                 left -= len(new)
-                for token in new:
-                    tell(token)
         return torch.tensor(sequence, dtype=torch.long), log
 
     def _begin(self, cache: Cache, prompt: tuple[int, ...], log: Log) -> int:
@@ -73,12 +82,10 @@ class Speculator:
         log.events.append(Event(len(prompt), 1, 0, self.clock() - started))
         return token
 
-    def _step(self, cache: Cache, root: int, most: int, stops: set[int], log: Log) -> list[int]:
+    def _step(self, cache: Cache, root: int, budget: int, most: int, stops: set[int], log: Log) -> list[int]:
         """Draft behind the root, verify, keep a path: the tokens that this emits, at least one and at most `most`."""
+        assert self.drafter is not None
         started = self.clock()
-        budget = self.controller.budget()
-        if self.drafter is None or budget == 1:
-            return self._plain(cache, root, started, log)
         tree = self.drafter.propose(root, budget)
         drafted = self.clock()
         rows = self._run(cache, tree)
@@ -87,33 +94,44 @@ class Speculator:
         path = path[: len(new)]
         cache.commit(len(path) if path == tuple(range(len(path))) else torch.tensor([path]))
         self.drafter.observe(rows, path)
-        self._told(log, Event(len(tree), len(new), len(path) - 1, self.clock() - started, drafted - started))
-        return new
-
-    def _plain(self, cache: Cache, root: int, started: float, log: Log) -> list[int]:
-        """One token without a draft: what plain decoding does, and no more."""
-        values = self.decoder.step(cache, torch.tensor([[root]]))
-        token = self.accept.first(values[0][0, 0])
-        cache.commit(1)
-        if self.drafter is not None:
-            self.drafter.observe(self._rows((root,), (-1,), values, cache), (0,))
-        self._told(log, Event(1, 1, 0, self.clock() - started))
-        return [token]
-
-    def _told(self, log: Log, event: Event) -> None:
+        event = Event(len(tree), len(new), len(path) - 1, self.clock() - started, drafted - started)
         log.events.append(event)
         self.controller.told(event)
+        return new
+
+    def _plain(
+        self, cache: Cache, root: int, most: int, stops: set[int], log: Log, stream: Callable[[int], object] | None
+    ) -> list[int]:
+        """At most so many tokens without drafts: what plain decoding does, and no more, so that it costs no more."""
+        started, apart = self.clock(), 0.0
+        new, runs, ids = list[int](), list[tuple[torch.Tensor, ...]](), torch.tensor([[root]])
+        while True:
+            values = self.decoder.step(cache, ids)
+            token = self.accept.first(values[0][0, 0])
+            cache.commit(1)
+            new.append(token)
+            if self.drafter is not None:
+                runs.append(values)
+            if stream is not None:
+                before = self.clock()
+                stream(token)
+                apart += self.clock() - before
+            if len(new) == most or token in stops:
+                break
+            ids.fill_(token)
+        if self.drafter is not None:
+            rows = Rows.one_by_one((root, *new[:-1]), runs, self.decoder.program.entry.outputs, cache)
+            self.drafter.observe(rows, tuple(range(len(new))))
+        event = Event(1, 1, 0, (self.clock() - started - apart) / len(new))
+        log.events += [event] * len(new)
+        self.controller.told(event, len(new))
+        return new
 
     def _run(self, cache: Cache, tree: Tree) -> Rows:
         """Results of the program for the nodes of a tree behind what the cache holds."""
         ids = torch.tensor([tree.token])
         values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
-        return self._rows(tree.token, tree.parent, values, cache)
-
-    def _rows(
-        self, token: tuple[int, ...], parent: tuple[int, ...], values: tuple[torch.Tensor, ...], cache: Cache
-    ) -> Rows:
-        return Rows(token, parent, values, self.decoder.program.entry.outputs, cache)
+        return Rows(tree.token, tree.parent, values, self.decoder.program.entry.outputs, cache)
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:

@@ -15,11 +15,11 @@ class Rows:
     """What the program returned for N tokens that it read in one run.
 
     `logits` `[N, V]` is the first result, and `outputs` maps the names of all results to rows `[N, ...]`; both are cut
-    out of `results` `[1, N, ...]` when they are asked for, as a plain step often has no reader. `cache` is what the
+    out of what the run returned when they are asked for, as plain steps often have no reader. `cache` is what the
     program wrote: a drafter may read its committed entries, and use the slots behind them between two steps.
     """
 
-    __slots__ = ("cache", "names", "parent", "results", "token")
+    __slots__ = ("_runs", "cache", "names", "parent", "token")
 
     def __init__(
         self,
@@ -29,23 +29,43 @@ class Rows:
         names: Sequence[str],
         cache: Cache,
     ) -> None:
-        self.token, self.parent, self.results, self.names, self.cache = token, parent, results, names, cache
+        self.token, self.parent, self.names, self.cache = token, parent, names, cache
+        self._runs: Sequence[Sequence[torch.Tensor]] = (results,)
+
+    @classmethod
+    def one_by_one(
+        cls, token: tuple[int, ...], runs: Sequence[Sequence[torch.Tensor]], names: Sequence[str], cache: Cache
+    ) -> Rows:
+        """Rows of tokens that stand one behind the other and were read in a run each."""
+        rows = cls(token, tuple(range(-1, len(token) - 1)), (), names, cache)
+        rows._runs = runs
+        return rows
 
     @property
     def logits(self) -> torch.Tensor:
         """The first result."""
-        return self.results[0][0]
+        return self._rows(0)
 
     @property
     def outputs(self) -> dict[str, torch.Tensor]:
         """Rows of every result by its name."""
-        return {name: result[0] for name, result in zip(self.names, self.results, strict=True)}
+        return {name: self._rows(index) for index, name in enumerate(self.names)}
+
+    def of(self, name: str, node: int) -> torch.Tensor:
+        """One row of a result."""
+        index = self.names.index(name)
+        return self._runs[0][index][0, node] if len(self._runs) == 1 else self._runs[node][index][0, 0]
+
+    def _rows(self, index: int) -> torch.Tensor:
+        runs = self._runs
+        return runs[0][index][0] if len(runs) == 1 else torch.cat([results[index][0] for results in runs])
 
 
 class Drafter(Protocol):
     """Proposes token trees. All calls of one sequence come in this order: begin, then (propose?, observe) again and again.
 
-    A controller may leave `propose` out of a step; `observe` is then told about the root alone.
+    A controller may leave `propose` out of steps; `observe` is then told about all tokens of such steps at once, the
+    first one's root included.
     """
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:

@@ -55,11 +55,11 @@ class Heads:
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
         """Take the hidden state of the prompt's last token."""
-        self.hidden = rows.results[rows.names.index("hidden")][0, -1]
+        self.hidden = rows.of("hidden", len(rows.token) - 1)
 
     def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
         """Take the hidden state of the last token that was kept."""
-        self.hidden = rows.results[rows.names.index("hidden")][0, path[-1]]
+        self.hidden = rows.of("hidden", path[-1])
 
     def truncate(self, length: int) -> None:
         """Nothing is remembered but the last state, which the next step replaces."""

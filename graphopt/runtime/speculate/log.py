@@ -10,6 +10,7 @@ class Event(NamedTuple):
     """One run of the program: `rows` tokens went in, `emitted` came out, of which `accepted` were drafted.
 
     The first event is the prompt's; it emits one token. `drafting` are the seconds that the drafter took of `seconds`.
+    Plain steps in a row share their seconds.
     """
 
     rows: int

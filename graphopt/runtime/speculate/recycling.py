@@ -20,30 +20,40 @@ class Recycle:
     """A table of the `ranks` likeliest tokens behind each token, as the program last scored them, drafts a tree.
 
     Every row that the program returns, kept or not, renews its token's line; of several rows of one token the deepest,
-    then the last, counts. Lines are -1 until their token was seen, and nothing is proposed behind such a token. The
-    table outlives a sequence unless `remember` is false.
+    then the last, counts. Rows wait until a draft is asked for, those of `late` tokens at most, so that text without
+    drafts costs next to nothing. Nothing is proposed behind a token that was not seen. The table outlives a sequence
+    unless `remember` is false.
     """
 
-    def __init__(self, ranks: int = 8, remember: bool = True) -> None:
+    def __init__(self, ranks: int = 8, remember: bool = True, late: int = 128) -> None:
         if not 1 <= ranks <= len(_PRIOR):
             raise ValueError(f"a line holds 1 to {len(_PRIOR)} tokens, not {ranks}")
-        self.ranks, self.remember = ranks, remember
-        self.table: dict[int, list[int]] = {}
+        self.ranks, self.remember, self.late = ranks, remember, late
+        self._lines: dict[int, list[int]] = {}
+        self._waiting: list[tuple[list[int], torch.Tensor]] = []
+
+    @property
+    def table(self) -> dict[int, list[int]]:
+        """The likeliest tokens behind each token, in turn, by all rows that have come."""
+        for tokens, logits in self._waiting:
+            self._lines.update(zip(tokens, logits.topk(self.ranks, dim=-1).indices.tolist(), strict=True))
+        self._waiting = []
+        return self._lines
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
-        """Learn from the prompt's rows."""
+        """Take the prompt's rows."""
         if not self.remember:
-            self.table = {}
-        self._learn(rows, range(len(rows.token)))
+            self._lines, self._waiting = {}, []
+        self._take(rows, range(len(rows.token)))
 
     def propose(self, root: int, budget: int) -> Tree:
         """A tree of at most `budget` nodes: candidates of candidates, as far as their lines are known."""
-        shape = _template(self.ranks, budget)
+        shape, table = _template(self.ranks, budget), self.table
         token, parent = [root], [-1]
         place: dict[tuple[int, ...], int] = {(): 0}
         for path in shape.ordered:
             above = place.get(path[:-1])
-            line = self.table.get(token[above]) if above is not None else None
+            line = table.get(token[above]) if above is not None else None
             if above is not None and line is not None:
                 place[path] = len(token)
                 token.append(line[path[-1]])
@@ -51,19 +61,20 @@ class Recycle:
         return Tree(tuple(token), tuple(parent))
 
     def observe(self, rows: Rows, path: tuple[int, ...]) -> None:
-        """Learn from every row of the tree."""
+        """Take every row of the tree."""
         depth = [0]
         for above in rows.parent[1:]:
             depth.append(depth[above] + 1)
-        self._learn(rows, sorted(range(len(depth)), key=depth.__getitem__))
+        self._take(rows, sorted(range(len(depth)), key=depth.__getitem__))
 
     def truncate(self, length: int) -> None:
         """The table holds no places."""
 
-    def _learn(self, rows: Rows, order: range | list[int]) -> None:
-        last = {rows.token[node]: node for node in order}
-        lines = rows.logits[list(last.values())].topk(self.ranks, dim=-1).indices.tolist()
-        self.table.update(zip(last, lines, strict=True))
+    def _take(self, rows: Rows, order: range | list[int]) -> None:
+        last = {rows.token[node]: node for node in order[-self.late :]}
+        self._waiting.append((list(last), rows.logits[list(last.values())]))
+        while sum(len(tokens) for tokens, _ in self._waiting[1:]) >= self.late:
+            del self._waiting[0]
 
 
 @cache
