@@ -34,7 +34,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from coverage_page import page
-from small_models import AUTOS, LAYERS, SELECTED, NotBuiltError, build, count_parts, model_types, run, sample_inputs
+from small_models import (
+    AUTOS,
+    LAYERS,
+    SELECTED,
+    NotBuiltError,
+    build,
+    count_parts,
+    ended,
+    model_types,
+    run,
+    sample_inputs,
+)
 
 import graphopt
 from graphopt.compiler.verify import random_inputs, tolerance
@@ -138,6 +149,7 @@ def _equal(model: Any, program: Program) -> str:
     """Compare with eager at a shape that was not captured, without padding and, at the real tokens, with."""
     for padded in (False, True):
         inputs = random_inputs(program, _sizes(program, {"B": 2, "S": 37}), 1)
+        inputs |= {s.name: ended(model, inputs[s.name]) for s in program.entry.inputs if s.role == "tokens"}
         real: Any = ...
         if not padded:
             for spec in program.entry.inputs:

@@ -205,6 +205,8 @@ def _shrink(cls: Any, given: dict[str, Any], recipe: dict[str, Any]) -> Any:
         rope = known.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
         pairs = recipe.get("head_dim", 8) // 2
         values["rope_parameters"] = {**rope, "mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}
+    if getattr(defaults, "is_encoder_decoder", False):
+        values["decoder_start_token_id"] = recipe.get("decoder_start_token_id", 1)
     depth = getattr(defaults, "num_hidden_layers", None)
     for name, value in known.items():
         # Lists with an entry a layer: as many entries of each kind as there are layers.
@@ -283,10 +285,7 @@ def sample_inputs(model: Any, batch: int = 2, seq: int = 19) -> dict[str, torch.
     for spec in model_inputs(model):
         shape = [sizes.get(size, seq) if isinstance(size, str) else size for size in spec.shape]
         if spec.role == "tokens":
-            made[spec.name] = torch.randint(3, 90, shape, generator=generator)
-            end = getattr(model.config, "eos_token_id", None)
-            if isinstance(end, int) and 0 <= end < 90:
-                made[spec.name][:, -1] = end
+            made[spec.name] = ended(model, torch.randint(3, 90, shape, generator=generator))
         elif spec.role == "padding":
             made[spec.name] = torch.ones(shape, dtype=spec.dtype)
         elif spec.role == "positions":
@@ -296,6 +295,16 @@ def sample_inputs(model: Any, batch: int = 2, seq: int = 19) -> dict[str, torch.
         else:
             made[spec.name] = torch.zeros(shape, dtype=spec.dtype)
     return made
+
+
+def ended(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens with the one that ends a text last in each row and nowhere else: some classes read what is there."""
+    end = getattr(model.config, "eos_token_id", None)
+    if not isinstance(end, int) or not 0 <= end < 90:
+        return tokens
+    tokens = tokens.masked_fill(tokens == end, end + 1)
+    tokens[:, -1] = end
+    return tokens
 
 
 def run(model: Any, inputs: dict[str, torch.Tensor]) -> Any:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 
 class _Printer(StrPrinter):  # type: ignore[misc]
-    """Prints min(S, 4096), the dimension first."""
+    """Prints min(S, 4096), the dimension first, and quotients without parentheses that they do not need."""
+
+    def _print_FloorDiv(self, expr: Any) -> str:
+        base, divisor = (self.parenthesize(each, PRECEDENCE["Atom"]) for each in expr.args)
+        return f"{base}//{divisor}"
 
     def _print_Min(self, expr: Any) -> str:
         arguments = sorted(expr.args, key=lambda each: (each.is_number, str(each)))

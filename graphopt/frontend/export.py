@@ -179,14 +179,23 @@ def _masks_as_given() -> Iterator[None]:
 
 
 def _not_exportable(module: torch.nn.Module, error: Exception) -> CaptureError:
-    reason = str(error).strip().splitlines()
+    # What follows in torch's own text is about torch's settings, not about the model.
+    reason = str(error).partition("consider using data-dependent")[0].strip().splitlines()
     where = _model_line(module, error)
     return CaptureError.of(
         "not_exportable",
         f"torch.export cannot capture {type(module).__name__}: {reason[0] if reason else type(error).__name__}",
         notes=((f"model line: {where}",) if where else ()) + tuple(reason[1:6]),
-        help=("graphopt captures what torch.export can take; change the line named above",),
+        help=(next((way for sign, way in _WAYS.items() if sign in str(error)), _CHANGE),),
     )
+
+
+_CHANGE = "graphopt captures what torch.export can take; change the line named above"
+_WAYS = {
+    "data-dependent": "the line named above decides by the values of a tensor, and a graph does not know them: choose with"
+    " torch.where, compute all of several branches (every expert for every token), or make the choice an option of the model",
+    "Couldn't swap": "the line named above converts weights of the model while it runs: convert them when the model is made",
+}
 
 
 def _model_line(module: torch.nn.Module, error: BaseException) -> str | None:

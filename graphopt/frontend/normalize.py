@@ -17,6 +17,7 @@ from graphopt.frontend.inplace import functionalise
 from graphopt.frontend.matching import is_op
 from graphopt.frontend.raise_attention import raise_spelled_attention, visibility
 from graphopt.frontend.raise_rotary import raise_rotary
+from graphopt.frontend.raise_rows import raise_last_marked
 from graphopt.frontend.shared_heads import drop_round_trips, share_heads
 from graphopt.ir.purity import eliminate_dead_code
 
@@ -39,6 +40,7 @@ def normalize(graph_module: fx.GraphModule) -> None:
     drop_empty_pieces(graph)
     simplify_calls(graph)
     constant_devices(graph)
+    raise_last_marked(graph)
     raise_attention(graph)
     raise_spelled_attention(graph)
     drop_round_trips(graph)
@@ -100,7 +102,8 @@ def drop_asserts(graph: fx.Graph) -> None:
 
 
 def drop_no_ops(graph: fx.Graph) -> None:
-    """Remove evaluation-mode dropout, aliases, detaches, products by 1, and casts and reshapes to what a tensor is."""
+    """Remove evaluation-mode dropout, aliases, detaches, products by 1, casts and reshapes to what a tensor is, and
+    stacks of which one piece is picked."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -126,6 +129,10 @@ def drop_no_ops(graph: fx.Graph) -> None:
                     node.replace_all_uses_with(cast)
                     graph.erase_node(node)
                     continue
+        if is_op(node, aten.select) and is_op(source, aten.stack):
+            pieces, axis = source.args[0], source.args[1] if len(source.args) > 1 else 0
+            if node.args[1] == axis and isinstance(node.args[2], int):
+                drop, source = True, pieces[node.args[2]]
         if drop:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
@@ -302,7 +309,7 @@ def raise_rms_norm(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if is_op(node, aten.rms_norm):
             _raise_aten_rms_norm(graph, node)
-        elif is_op(node, aten.rsqrt):
+        elif is_op(node, aten.rsqrt) or (is_op(node, aten.pow) and node.args[1] == -0.5):
             _raise_rms_idiom(graph, node)
 
 

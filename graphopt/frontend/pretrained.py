@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import FakeTensor
 
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.diagnostics import ArtifactError, CaptureError
 from graphopt.frontend.checkpoint import CheckpointSource
 from graphopt.frontend.converted import Conversion, ConvertedSource
+from graphopt.frontend.empty import fake_parameters, parameters_on_meta
 from graphopt.frontend.export import DEFAULT_DIMS, capture_module
-from graphopt.frontend.signature import dims_of, model_inputs, with_pictures
+from graphopt.frontend.signature import DECODED, dims_of, model_inputs, with_pictures
 from graphopt.ir.follow import Lost
 from graphopt.ir.pictures import PICTURES, let_vary, splices
 from graphopt.ir.program import Dim, Origin, Program
@@ -164,7 +164,14 @@ def _captured(model: torch.nn.Module, dims: tuple[Dim, ...], **options: Any) -> 
                     return program
             except (CaptureError, Lost, RuntimeError, ValueError):
                 pass
-        return capture_module(model, inputs, dims=dims_of(inputs, dims), **options)
+        try:
+            return capture_module(model, inputs, dims=dims_of(inputs, dims), **options)
+        except CaptureError:
+            # A class without a head over tokens may make its decoder's tokens from the encoder's, and mix up theirs and ours.
+            own = tuple(spec for spec in inputs if spec.name != DECODED)
+            if len(own) == len(inputs) or model.get_output_embeddings() is not None:  # type: ignore[operator]
+                raise
+            return capture_module(model, own, dims=dims_of(own, dims), **options)
 
 
 def build_without_weights(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -181,7 +188,7 @@ def build_without_weights(config: Any, dtype: torch.dtype) -> tuple[torch.nn.Mod
     _register_attention()
     # Gradient checkpointing and caches change the graph; capture is stateless by design.
     _without_cache(config)
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = _build(factory, config, dtype)
     model.eval()
     fake_parameters(model)
@@ -308,38 +315,6 @@ def _resolve(path: str | Path) -> Path:
         ) from error
 
 
-def fake_parameters(model: torch.nn.Module) -> None:
-    """Replace meta parameters by fake CPU ones in place; ties stay ties."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                with mode:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register go to meta at once; buffers keep the values that constructors compute."""
-    original = torch.nn.Module.register_parameter
-
-    def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
-        original(self, name, param)
-        if param is not None and param.device.type != "meta":
-            self._parameters[name] = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-
-    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
 @contextlib.contextmanager
 def our_masks() -> Iterator[None]:
     """While a model is exported, masks of the sdpa and eager implementations come from `graphopt::attention_mask` too."""
@@ -348,7 +323,7 @@ def our_masks() -> Iterator[None]:
     mapping = AttentionMaskInterface._global_mapping
     before = {name: mapping[name] for name in ("sdpa", "eager") if name in mapping}
     AttentionMaskInterface.register("sdpa", _mask)
-    AttentionMaskInterface.register("eager", _eager_mask)
+    AttentionMaskInterface.register("eager", _spelled_mask)
     try:
         yield
     finally:
@@ -363,6 +338,12 @@ def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -
         return None
     low = torch.tensor(torch.finfo(dtype).min, device=mask.device, dtype=dtype)
     return torch.where(mask, torch.tensor(0.0, device=mask.device, dtype=dtype), low)
+
+
+def _spelled_mask(batch_size: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The same with a row for each sequence, as some code demands that spells its attention out."""
+    mask = _eager_mask(batch_size, *args, **kwargs)
+    return mask if mask is None else mask.expand(batch_size, -1, -1, -1)
 
 
 def _register_attention() -> None:

@@ -205,7 +205,8 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
     if q.meta["val"].dim() == 3 and found.gains:
         return
     rank = q.meta["val"].dim()
-    if rank == 3 and (found.view is None or found.view.meta["val"].dim() != 4):
+    whole = found.view if found.view is not None else _unfolded(q)
+    if rank == 3 and (whole is None or whole.meta["val"].dim() != 4):
         return
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -217,7 +218,8 @@ def _emit(graph: fx.Graph, product: fx.Node, found: _Scores) -> None:
     with graph.inserting_before(product):
         keys = _untranspose(k, call)
         if rank == 3:
-            batch, heads = found.view.args[1][:2]  # type: ignore[union-attr,index,misc]
+            # The view is of the scores, which are to go: its sizes are read from its arguments.
+            batch, heads = found.view.args[1][:2] if found.view is not None else _leading(whole, call)  # type: ignore[union-attr,index,misc]
             q, keys, v = (x if x.meta["val"].dim() == 4 else _four(x, batch, heads, call) for x in (q, keys, v))
         elif heads_repeated(keys) is not None and heads_repeated(v) is not None:
             keys, v = heads_repeated(keys), heads_repeated(v)
@@ -260,6 +262,21 @@ def _size(graph: fx.Graph, node: fx.Node, axis: int, call: Callable[..., fx.Node
     return size if isinstance(size, int) else call(aten.sym_size.int, node.args[0 if axis < 2 else 1], axis)
 
 
+def _unfolded(q: fx.Node) -> fx.Node | None:
+    """The queries [B, H, S, D] behind scaled ones of [B * H, S, D]."""
+    while is_op(q, aten.mul, aten.div, aten.to, aten.clone, aten.contiguous) and isinstance(q.args[0], fx.Node):
+        q = q.args[0]
+    if not is_op(q, aten.view, aten.reshape) or not _folds_heads(q):
+        return None
+    return q.args[0] if q.args[0].meta["val"].dim() == 4 else None  # type: ignore[union-attr,return-value]
+
+
+def _leading(x: fx.Node | None, call: Callable[..., fx.Node]) -> list[Any]:
+    """The first two sizes of a tensor."""
+    sizes = x.meta["val"].shape[:2]  # type: ignore[union-attr]
+    return [size if isinstance(size, int) else call(aten.sym_size.int, x, axis) for axis, size in enumerate(sizes)]
+
+
 def _four(x: fx.Node, batch: Any, heads: Any, call: Callable[..., fx.Node]) -> fx.Node:
     """[B * H, S, D] as [B, H, S, D]."""
     shape = x.meta["val"].shape
@@ -289,7 +306,7 @@ def heads_repeated(x: Any) -> Any:
 
 def visibility(bias: Any) -> fx.Node | None:
     """The bool mask behind `where(mask, 0, lowest)`."""
-    bias = through(bias, aten.to)
+    bias = through(bias, aten.to, aten.expand)
     if is_op(bias, aten.where) and _number(bias.args[1]) == 0.0 and (_number(bias.args[2]) or 0) < _HIDDEN:
         return bias.args[0]  # type: ignore[no-any-return]
     return None

@@ -16,6 +16,7 @@ DECODER = Dim("T", 1, 1 << 20, 13)
 _IMAGE = 224
 _PICTURES = "pixel_values"
 _SAMPLES = "input_values"
+DECODED = "decoder_input_ids"
 SOUND = 4003
 
 
@@ -39,8 +40,8 @@ def model_inputs(model: Any) -> tuple[Input, ...]:
         for name, shape in _VALUES.items():
             if name in parameters and (found := shape(model)) is not None:
                 inputs.append(Input(name, ("B", *found), torch.float32))
-    if inputs and "decoder_input_ids" in parameters and getattr(model.config, "is_encoder_decoder", False):
-        inputs.append(Input("decoder_input_ids", ("B", DECODER.name), torch.int64, "tokens"))
+    if inputs and DECODED in parameters and getattr(model.config, "is_encoder_decoder", False):
+        inputs.append(Input(DECODED, ("B", DECODER.name), torch.int64, "tokens"))
     if not inputs:
         raise CaptureError.of(
             "inputs_unknown",

@@ -5,8 +5,9 @@ Everything is read from the graph and its views; names are only shown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sympy
@@ -79,6 +80,9 @@ class MixerFacts:
     kind: str
 
 
+_PARTS = ("attentions", "feed_forwards", "experts", "mixers")
+
+
 @dataclass(frozen=True)
 class BlockFacts:
     """One block: its views, how its norms and sub-layers stand, and what it costs."""
@@ -100,7 +104,11 @@ class BlockFacts:
 
     def signature(self) -> tuple[Any, ...]:
         """What must be equal for two blocks to be shown as one."""
-        return tuple(value for key, value in vars(self).items() if key not in ("path", "index"))
+        return tuple(
+            tuple(replace(part, path=re.sub(r"\d+", "#", part.path)) for part in value) if key in _PARTS else value
+            for key, value in vars(self).items()
+            if key not in ("path", "index")
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, formulae as text that sympy reads."""

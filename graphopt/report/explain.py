@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from graphopt.cost import formula
@@ -88,14 +89,14 @@ def _blocks(page: Page, blocks: list[BlockFacts], *, learnt: bool) -> None:
     first = blocks[0]
     each = f"{len(blocks)} blocks, each" if len(blocks) > 1 else "1 block"
     page.title(", ".join(fold(block.path for block in blocks)), each)
-    for attention in first.attentions:
-        page.row(attention.path or "attention", _attention(attention, learnt))
-    for found in first.feed_forwards:
-        page.row(found.path or "feed forward", _feed_forward(found, first.width))
-    for experts in first.experts:
-        page.row(experts.path or "experts", _experts(experts, first.width))
-    for mixer in first.mixers:
-        page.row(mixer.path or "mixer", f"{_MIXERS[mixer.kind]}, left alone")
+    for i, attention in enumerate(first.attentions):
+        page.row(_label("attention", (b.attentions[i].path for b in blocks)), _attention(attention, learnt))
+    for i, found in enumerate(first.feed_forwards):
+        page.row(_label("feed forward", (b.feed_forwards[i].path for b in blocks)), _feed_forward(found, first.width))
+    for i, experts in enumerate(first.experts):
+        page.row(_label("experts", (b.experts[i].path for b in blocks)), _experts(experts, first.width))
+    for i, mixer in enumerate(first.mixers):
+        page.row(_label("mixer", (b.mixers[i].path for b in blocks)), f"{_MIXERS[mixer.kind]}, left alone")
     parts = (
         ("attention", (*first.attentions, *first.mixers)),
         ("feed forward", (*first.feed_forwards, *first.experts)),
@@ -108,6 +109,11 @@ def _blocks(page: Page, blocks: list[BlockFacts], *, learnt: bool) -> None:
     page.row("parameters", f"{first.parameters:,}  ({size(first.bytes)})")
     page.row("FLOPs", formula(first.flops))
     page.row("KV bytes", formula(first.kv_bytes))
+
+
+def _label(kind: str, paths: Iterable[str]) -> str:
+    """Where a part is in each of some blocks; what it is where it is the block itself."""
+    return ", ".join(fold(path or kind for path in paths))
 
 
 def _attention(facts: AttentionFacts, learnt: bool) -> str:
@@ -152,6 +158,8 @@ _MIXERS = {
     "convolution": "mixes tokens by a convolution",
     "fourier": "mixes tokens by a Fourier transform",
     "projection": "mixes tokens by a product over them",
+    "sampling": "mixes tokens by samples at places that it computes (deformable attention)",
+    "softmax": "mixes tokens by a softmax that is no plain attention",
     "recurrence": "mixes tokens by a recurrence (state space or linear attention)",
 }
 

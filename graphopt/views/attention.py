@@ -11,7 +11,15 @@ from graphopt.ir.program import Program
 from graphopt.views.atoms import Atom, flat, size_of
 from graphopt.views.kinds import Attention
 from graphopt.views.labels import Labels
-from graphopt.views.trace import consumer_linear, path, positions, source_linear, stream_source, unrepeated
+from graphopt.views.trace import (
+    consumer_linear,
+    mixes_streams,
+    path,
+    positions,
+    source_linear,
+    stream_source,
+    unrepeated,
+)
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul, aten.bmm, aten.einsum)
@@ -50,7 +58,9 @@ def unread_softmaxes(program: Program) -> Iterator[fx.Node]:
 
 
 def _weighs(product: fx.Node, weights: fx.Node) -> bool:
-    """Whether a product is of some weights and another activation."""
+    """Whether a product is of some weights and another activation, whose rows are no streams side by side."""
+    if mixes_streams(product):
+        return False
     factors = product.args[1] if product.target is aten.einsum.default else product.args[:2]
     others = [f for f in factors if f is not weights]  # type: ignore[union-attr]
     return bool(others) and all(isinstance(f, fx.Node) and "weight" not in f.meta for f in others)

@@ -91,6 +91,9 @@ class _Cutter:
             dim = node.args[1] % len(self.labels.of(node.args[0]))  # type: ignore[operator,arg-type]
             sizes = [self._size(axes[dim + i], old) for i, old in enumerate(node.args[2])]  # type: ignore[arg-type]
             today.args = (today.args[0], today.args[1], sizes)
+        elif node in self.labels.filters:
+            if self.touched(axes[1]):
+                today.args = (*today.args[:6], kept_size(axes[1], self.keep))
         elif packet is aten.repeat:
             self._fix_repeat(node, today, axes)
         elif packet is aten.repeat_interleave or isinstance(axes[0], list):

@@ -89,8 +89,9 @@ class Experts:
 class Mixer:
     """A sub-layer that mixes tokens without a softmax attention: it is recognised, shown and left alone.
 
-    `kind` is `convolution`, `fourier`, `projection` (a product over the tokens), or `recurrence` for state-space layers and
-    linear attention.
+    `kind` is `convolution`, `fourier`, `projection` (a product over the tokens), `sampling` (at places that are computed),
+    `softmax` (an attention that is spelled in no way that is understood), or `recurrence` for state-space layers and linear
+    attention.
     """
 
     path: str
@@ -102,7 +103,8 @@ class Mixer:
 class SubLayer:
     """What lies between two points of the residual stream: `exit` depends on `entry` and nothing else between.
 
-    `residual` says whether the exit is the entry plus a branch, up to norms and scales.
+    Where layers share keys or read the embedding again, it may depend on what earlier sub-layers made besides. `residual`
+    says whether the exit is the entry plus a branch, up to norms and scales; `feeds` whether a feed-forward is inside.
     """
 
     kind: str
@@ -110,6 +112,7 @@ class SubLayer:
     exit: fx.Node
     nodes: tuple[fx.Node, ...]
     residual: bool = True
+    feeds: bool = False
 
 
 @dataclass(frozen=True, eq=False)

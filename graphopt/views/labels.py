@@ -22,7 +22,8 @@ class Labels(RoutingRules):
     """Axes of all nodes of a program, its matrix products and its norms.
 
     `axes[node]` is a list of axes, or a list of such lists for nodes with several outputs; nodes that are numbers have
-    none. `locks` says for each leaf why it must not be cut; unlocked leaves are free.
+    none. `filters` are convolutions that filter each channel for itself. `locks` says for each leaf why it must not be
+    cut; unlocked leaves are free.
     """
 
     def __init__(self, program: Program) -> None:
@@ -34,6 +35,7 @@ class Labels(RoutingRules):
         self.choices: dict[fx.Node, int] = {}
         self._gathered = {}
         self.norms: dict[fx.Node, Axis] = {}
+        self.filters: set[fx.Node] = set()
         self.weight_axes: dict[str, Axes] = {}
         for node in program.graph.graph.nodes:
             self._visit(node)
@@ -285,6 +287,23 @@ class Labels(RoutingRules):
                 unify(axes[1], self.of(table)[0], f"channels of %{node.name}")
         return axes
 
+    def _convolution(self, node: fx.Node) -> Axes | None:
+        """A filter for each channel, whose channels are free; one over channels is not understood."""
+        if len(node.args) < 7:
+            return None
+        x, weight, bias, *_, groups = node.args
+        axes, filters = self._same(node), self.of(weight)  # type: ignore[arg-type]
+        sizes = (x.meta["val"].shape[1], weight.meta["val"].shape[0])  # type: ignore[union-attr]
+        if groups == 1 or sizes != (groups, groups):
+            return None
+        for table in (filters, self.of(bias) if isinstance(bias, fx.Node) else filters):
+            unify(axes[1], table[0], f"channels of %{node.name}")
+        made = self._fresh(node.meta["val"])
+        for axis in (axes[0], *axes[2:], *filters[1:], made[0], *made[2:]):
+            lock(axis, f"{op_name(node)} at %{node.name} runs over it")
+        self.filters.add(node)
+        return [axes[0], axes[1], *made[2:]]
+
     def _softmax(self, node: fx.Node) -> Axes:
         axes = self._same(node)
         dim = node.args[1] % len(axes)  # type: ignore[operator]
@@ -371,6 +390,7 @@ def _table() -> dict[Any, str]:
         "_reduce": [aten.mean, aten.sum, aten.amax, aten.amin, aten.var],
         "_vector_norm": [aten.linalg_vector_norm],
         "_batch_norm": [aten.batch_norm],
+        "_convolution": [aten.conv1d, aten.conv2d],
         "_softmax": [aten.softmax, aten._softmax, aten.log_softmax],
         "_cumsum": [aten.cumsum],
         "_triangle": [aten.tril, aten.triu],
@@ -405,6 +425,7 @@ def _table() -> dict[Any, str]:
             aten.mul,
             aten.div,
             aten.pow,
+            aten.square,
             aten.gelu,
             aten.silu,
             aten.relu,

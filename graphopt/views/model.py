@@ -19,8 +19,8 @@ from graphopt.views.feed_forward import find_experts, find_feed_forwards
 from graphopt.views.kinds import Attention, Block, Experts, FeedForward, Mixer, SubLayer, Unseen
 from graphopt.views.labels import Labels
 from graphopt.views.routing import Linear
-from graphopt.views.stream import layers, mixing, starts, stream, sublayers
-from graphopt.views.trace import common_path, path
+from graphopt.views.stream import Parts, layers, mixing, parted, starts, stream, sublayers
+from graphopt.views.trace import between, common_path, path
 
 
 class Views:
@@ -64,7 +64,7 @@ class Views:
         """Every attention core, in graph order."""
         regions = {
             core: set(sublayer.nodes)
-            for stack in self._sublayers
+            for _, stack in self._stacks
             for sublayer in stack
             if sublayer.residual
             for core in self._cores
@@ -109,14 +109,12 @@ class Views:
     def _stacks(self) -> tuple[tuple[tuple[fx.Node, ...], tuple[SubLayer, ...]], ...]:
         """Points and sub-layers of each stream; streams that hold no part which another one does not are left out."""
         order = {node: i for i, node in enumerate(self.program.graph.graph.nodes)}
-        cores = set(self._cores)
-        downs = {f.down.node for f in self.feed_forwards} | {e.down.node for e in self.experts}
         found: list[tuple[tuple[fx.Node, ...], tuple[SubLayer, ...], set[fx.Node]]] = []
         for start in starts(self.program):
             if any(start in points for points, _, _ in found):
                 continue
             points, inside = stream(self.program, start)
-            regions = sublayers(points, inside, order, cores, downs)
+            regions = sublayers(points, inside, order, self._parts)
             parts = {
                 s.exit for s in regions if s.residual and s.kind in ("attention", "parallel", "mixer", "feed_forward")
             }
@@ -132,8 +130,25 @@ class Views:
         return tuple((points, regions) for points, regions, _ in kept)
 
     @cached_property
+    def _parts(self) -> Parts:
+        downs = {f.down.node for f in self.feed_forwards} | {e.down.node for e in self.experts}
+        within = {node for f in self.feed_forwards for node in between(f.up.node, f.down.node)}
+        return Parts(set(self._cores), downs, within, set(unread_softmaxes(self.program)))
+
+    @cached_property
     def _sublayers(self) -> tuple[tuple[SubLayer, ...], ...]:
-        return tuple(regions for _, regions in self._stacks)
+        """Sub-layers of each stack; where no stack tells several parts apart, those of the chain that they lie on."""
+        named = self._parts.cores | self._parts.downs
+        held = [named & set(s.nodes) for _, regions in self._stacks for s in regions if s.residual]
+        apart = {node for parts in held if len(parts) == 1 for node in parts}
+        return tuple(
+            tuple(
+                piece
+                for region in regions
+                for piece in (parted(region, self._parts) if named & set(region.nodes) - apart else (region,))
+            )
+            for _, regions in self._stacks
+        )
 
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
@@ -165,7 +180,7 @@ class Views:
         attentions = tuple(a for a in self.attentions if a.core in nodes)
         feed_forwards = tuple(f for f in self.feed_forwards if f.down.node in nodes)
         experts = tuple(e for e in self.experts if e.down.node in nodes)
-        mixers = tuple(_mixer(member) for member in members if member.kind == "mixer")
+        mixers = tuple(_mixer(member, self._parts) for member in members if member.kind == "mixer")
         paths = [a.path for a in attentions] + [f.path for f in feed_forwards]
         paths += [e.path for e in experts] + [m.path for m in mixers]
         place = common_path(*paths) if len(paths) > 1 else paths[0].rpartition(".")[0]
@@ -192,8 +207,7 @@ class Views:
         yield from self.labels.bank_linears.values()
 
 
-def _mixer(member: SubLayer) -> Mixer:
+def _mixer(member: SubLayer, parts: Parts) -> Mixer:
     inner = [path(node) for node in member.nodes if node is not member.exit]
-    return Mixer(
-        common_path(*inner) if inner else path(member.exit), mixing(set(member.nodes)) or "projection", member.nodes
-    )
+    kind = mixing(member.entry, set(member.nodes) - parts.within, parts.softmaxes)
+    return Mixer(common_path(*inner) if inner else path(member.exit), kind or "projection", member.nodes)

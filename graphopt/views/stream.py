@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import networkx as nx
@@ -10,8 +11,9 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
+from graphopt.views.chain import chain, shares
 from graphopt.views.kinds import SubLayer
-from graphopt.views.trace import derives_from, reachable, same_shape
+from graphopt.views.trace import derives_from, mixes_streams, reachable, same_shape
 
 aten = torch.ops.aten
 
@@ -122,26 +124,57 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What sub-layers are told apart by: attention cores, down projections, what lies inside feed-forwards, and softmaxes
+    that are part of no attention core."""
+
+    cores: set[fx.Node]
+    downs: set[fx.Node]
+    within: set[fx.Node]
+    softmaxes: set[fx.Node]
+
+
 def sublayers(
-    points: Sequence[fx.Node],
-    inside: set[fx.Node],
-    order: dict[fx.Node, int],
-    cores: set[fx.Node],
-    downs: set[fx.Node],
+    points: Sequence[fx.Node], inside: set[fx.Node], order: dict[fx.Node, int], parts: Parts
 ) -> tuple[SubLayer, ...]:
     """Regions between consecutive points of a stream, with what they hold."""
     found = []
     for entry, exit in pairwise(points):
-        nodes = _between(entry, exit, inside)
-        attends = any(node in cores for node in nodes)
-        feeds = any(node in downs for node in nodes)
-        kind = {(True, True): "parallel", (True, False): "attention", (False, True): "feed_forward"}.get(
-            (attends, feeds), "other"
-        )
-        residual = same_shape(entry, exit) and _is_residual(entry, exit, nodes)
-        if residual and not attends and (mixing(nodes) is not None or _mixes_by_weights(entry, nodes)):
-            kind = "mixer"
-        found.append(SubLayer(kind, entry, exit, tuple(sorted(nodes, key=order.__getitem__)), residual))
+        nodes = sorted(_between(entry, exit, inside), key=order.__getitem__)
+        residual = same_shape(entry, exit) and _is_residual(entry, exit, set(nodes))
+        found.append(_sublayer(entry, exit, nodes, residual, parts))
+    return tuple(found)
+
+
+def _sublayer(entry: fx.Node, exit: fx.Node, nodes: Sequence[fx.Node], residual: bool, parts: Parts) -> SubLayer:
+    attends = any(node in parts.cores for node in nodes)
+    feeds = any(node in parts.downs for node in nodes)
+    kind = {(True, True): "parallel", (True, False): "attention", (False, True): "feed_forward"}.get(
+        (attends, feeds), "other"
+    )
+    if residual and not attends:
+        own = set(nodes)
+        mixes = mixing(entry, own - parts.within, parts.softmaxes) is not None
+        kind = "mixer" if mixes or _mixes_by_weights(entry, own) else kind
+    return SubLayer(kind, entry, exit, tuple(nodes), residual, feeds)
+
+
+def parted(region: SubLayer, parts: Parts) -> tuple[SubLayer, ...]:
+    """A region as the layers of the residual chain inside it, or as it is.
+
+    Values pass beside the points of such a chain: keys that a later layer reads too, or the embedding that every layer
+    reads again. Taking a layer out leaves what others read of it.
+    """
+    points = chain(region.nodes, _RESIDUAL, region.entry if region.residual else None)
+    if len(points) < 3:
+        return (region,)
+    first, *rest = points
+    made = shares(points, region.nodes)
+    found = [] if first is region.entry else [_sublayer(region.entry, first, made[0], False, parts)]
+    found += [_sublayer(a, b, nodes, True, parts) for (a, b), nodes in zip(pairwise(points), made[1:-1], strict=True)]
+    if rest[-1] is not region.exit:
+        found.append(_sublayer(rest[-1], region.exit, made[-1], False, parts))
     return tuple(found)
 
 
@@ -163,31 +196,51 @@ def _is_residual(entry: fx.Node, exit: fx.Node, nodes: set[fx.Node]) -> bool:
     stack, seen = [exit], {exit}
     while stack:
         node = stack.pop()
-        for source in node.all_input_nodes:
+        for source in [node.args[1]] if mixes_streams(node) else node.all_input_nodes:
             if source is entry:
                 return True
-            if source in nodes and source not in seen and getattr(source.target, "overloadpacket", None) in _RESIDUAL:
-                seen.add(source)
-                stack.append(source)
+            passes = getattr(source.target, "overloadpacket", None) in _RESIDUAL or mixes_streams(source)  # type: ignore[union-attr]
+            if source in nodes and source not in seen and passes:
+                seen.add(source)  # type: ignore[arg-type]
+                stack.append(source)  # type: ignore[arg-type]
     return False
 
 
-def mixing(nodes: set[fx.Node]) -> str | None:
-    """How a region without attention mixes tokens: `convolution`, `fourier`, `recurrence`, or None when it does not."""
-    kinds = set()
+def mixing(entry: fx.Node, nodes: set[fx.Node], softmaxes: set[fx.Node]) -> str | None:
+    """How a region without attention mixes tokens: `softmax`, `sampling`, `recurrence`, `fourier`, `convolution`, or None."""
+    kinds = {"softmax"} if softmaxes & nodes else set()
+    if _takes_apart(entry, nodes):
+        kinds.add("recurrence")
     for node in nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _CONVOLUTIONS:
             kinds.add("convolution")
         elif packet is not None and str(packet).startswith("aten.fft_"):
             kinds.add("fourier")
+        elif packet is aten.grid_sampler:
+            kinds.add("sampling")
         elif (
             (packet in _RECURRENCES and _mixes(node, packet))
             or "scan" in str(getattr(node.target, "_name", ""))
             or str(node.target).startswith("while_loop")
         ):
             kinds.add("recurrence")
-    return next((kind for kind in ("recurrence", "fourier", "convolution") if kind in kinds), None)
+    return next(
+        (kind for kind in ("softmax", "sampling", "recurrence", "fourier", "convolution") if kind in kinds), None
+    )
+
+
+def _takes_apart(entry: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether a loop over the tokens was unrolled: one after another is picked, of all that there are."""
+    shape = entry.meta["val"].shape
+    length = shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 0
+    picked: dict[object, set[object]] = {}
+    for node in nodes:
+        if length > 1 and getattr(node.target, "overloadpacket", None) is aten.select:
+            source, axis, place = node.args[:3]
+            if source.meta["val"].shape[axis] == length:  # type: ignore[union-attr,index]
+                picked.setdefault((source, axis), set()).add(place)
+    return any(len(places) == length for places in picked.values())
 
 
 def _mixes_by_weights(entry: fx.Node, nodes: set[fx.Node]) -> bool:
@@ -243,7 +296,14 @@ def _from_weights(node: fx.Node) -> bool:
     return True
 
 
+# A sub-layer that mixes tokens and feeds forward is a layer of its own where it repeats.
 _LETTER = {"attention": "a", "mixer": "a", "parallel": "p", "feed_forward": "f", "other": "o"}
+
+
+def _letter(sublayer: SubLayer, crosses: set[SubLayer]) -> str:
+    if sublayer in crosses:
+        return "c"
+    return "p" if sublayer.kind == "mixer" and sublayer.feeds else _LETTER[sublayer.kind]
 
 
 def layers(found: Sequence[SubLayer], crosses: set[SubLayer]) -> list[list[SubLayer]]:
@@ -262,7 +322,7 @@ def layers(found: Sequence[SubLayer], crosses: set[SubLayer]) -> list[list[SubLa
             runs.append([])
     made: list[list[SubLayer]] = []
     for run in runs:
-        kinds = "".join("c" if s in crosses else _LETTER[s.kind] for s in run)
+        kinds = "".join(_letter(s, crosses) for s in run)
         made.extend(run[a:b] for a, b in _cuts(kinds))
     return made
 

@@ -76,6 +76,7 @@ TRANSPARENT = {
     aten.batch_norm,
     aten.add,
     aten.mul,
+    aten.div,
     aten.neg,
     aten.expand,
     aten.stack,
@@ -149,8 +150,13 @@ def elementwise_sources(labels: Labels, node: fx.Node) -> tuple[list[fx.Node], l
         if (_small(current) and not _small(node)) or _picked_bias(current):
             continue
         packet = getattr(current.target, "overloadpacket", None)
+        if current in labels.filters:
+            between.append(current)
+            stack.append(current.args[0])  # type: ignore[arg-type]
+            continue
         pointwise = torch.Tag.pointwise in getattr(current.target, "tags", ())
-        if pointwise or activation(current) or packet in LAYOUT or getattr(current.target, "__name__", "") == "getitem":
+        moves = packet in LAYOUT or getattr(current.target, "__name__", "") == "getitem"
+        if pointwise or activation(current) or spelled(current) or moves:
             between.append(current)
             stack.extend(current.all_input_nodes)
         else:
@@ -314,6 +320,19 @@ def derives_from(node: object, names: set[str]) -> bool:
             continue
         stack.extend(current.all_input_nodes)
     return False
+
+
+def mixes_streams(node: object) -> bool:
+    """Whether a product mixes the n streams `[B, S, n, D]` that a model carries side by side."""
+    if not isinstance(node, fx.Node) or getattr(node.target, "overloadpacket", None) is not aten.matmul:
+        return False
+    weights, streams = (factor.meta["val"].shape for factor in node.args[:2])  # type: ignore[union-attr]
+    return (
+        len(weights) == len(streams) == 4
+        and all(isinstance(n, int) for n in weights[-2:])
+        and weights[-2] == weights[-1] == streams[-2]
+        and (not isinstance(streams[1], int) or streams[-2] < streams[1])
+    )
 
 
 def path(node: fx.Node) -> str:

@@ -104,4 +104,7 @@ def test_what_cannot_be_exported_names_its_line() -> None:
         capture_module(Branches(), WIDE)
     lines, start = inspect.getsourcelines(Branches)
     line = start + next(i for i, text in enumerate(lines) if "x.sum()" in text)
-    assert any(note.endswith(f"test_export.py:{line} in forward") for note in caught.value.diagnostics[0].notes)
+    found = caught.value.diagnostics[0]
+    assert any(note.endswith(f"test_export.py:{line} in forward") for note in found.notes)
+    assert not any("TORCH_LOGS" in note for note in found.notes)
+    assert "torch.where" in found.help[0]

@@ -93,6 +93,20 @@ class EinsumAttention(nn.Module):
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
+class FoldedAttention(nn.Module):
+    """Heads folded into the batch, and nothing masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, S, _ = x.shape
+        q, k, v = (p(x).view(B, S, 4, 8).transpose(1, 2).reshape(B * 4, S, 8) for p in (self.q, self.k, self.v))
+        y = torch.bmm(torch.softmax(torch.bmm(q / math.sqrt(8), k.transpose(1, 2)), -1), v)
+        return self.o(y.view(B, 4, S, 8).transpose(1, 2).reshape(B, S, 32))
+
+
 class SelfAttention(nn.Module):
     """nn.MultiheadAttention behind a residual."""
 
@@ -188,6 +202,7 @@ CASES = {
     "encoder and decoder": (EncoderDecoder, SOURCE, (2, 7, 32), (6, 4, None)),
     "attention, einsum": (lambda: EinsumAttention(False), HIDDEN, (2, 7, 32), (1, 0, None)),
     "attention, einsum over turned keys": (lambda: EinsumAttention(True), HIDDEN, (2, 7, 32), (1, 0, None)),
+    "attention, folded heads": (FoldedAttention, HIDDEN, (2, 7, 32), (1, 0, None)),
     "attention": (SelfAttention, HIDDEN, (2, 7, 32), (1, 0, None)),
     "convolutions": (
         SmallConvNet,

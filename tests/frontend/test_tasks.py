@@ -78,6 +78,21 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
         {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
         2,
     ),
+    "fewer keys than queries, filters in feed-forwards": (
+        "SegformerForImageClassification",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sr_ratios": [4, 2],
+            "hidden_sizes": [16, 32],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [2, 4],
+            "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 32,
+        },
+        2,
+    ),
     "attention in batch norms": ("LevitForImageClassification", {"image_size": 64, "depths": [1, 1, 1]}, 5),
     "attention over depth, sinks for each query": (
         "Inkling2ForCausalLM",
@@ -155,6 +170,19 @@ def test_what_a_class_computes_is_not_looked_for_on_disk(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     program = capture_pretrained(tmp_path)
     inputs = random_inputs(program, {"B": 1, "S": 11, "T": 7}, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_classes_that_read_the_token_which_ends_a_text() -> None:
+    config = transformers.BartConfig(**_BART, max_position_embeddings=64, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(config).eval()
+    program = capture_model(model)
+    assert [spec.name for spec in program.entry.inputs] == ["input_ids", "attention_mask"]
+    ids = torch.randint(3, 96, (2, 9))
+    ids[0, 4] = ids[0, 8] = ids[1, 2] = ids[1, 6] = config.eos_token_id
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs).logits, rtol=1e-4, atol=1e-4)
 

@@ -208,3 +208,103 @@ class Translator(nn.Module):
         for layer in self.y:
             x = layer(x, seen)
         return self.h(self.n(x))
+
+
+class Rereader(Model):
+    """Layers of which every other one reads the embedding again beside the stream."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.j = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH, bias=False) for _ in layers)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = first = self.e(ids)
+        for join, layer in zip(self.j, self.x, strict=True):
+            x = x + layer.m(layer.n(join(torch.cat((x, first), -1))))
+            x = x + layer.f(layer.k(x))
+        return self.h(self.n(x))
+
+
+class Keeper(Model):
+    """Layers whose last one reads the keys and values of the first."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        kept = None
+        for layer in self.x:
+            inner = layer.n(x)
+            kept = inner if kept is None else kept
+            x = x + layer.m(inner, kept if layer is self.x[-1] else None)
+            x = x + layer.f(layer.k(x))
+        return self.h(self.n(x))
+
+
+class Filter(Feed):
+    """A feed-forward whose neurons are filtered along the tokens, each for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Conv1d(NEURONS, NEURONS, 3, padding=1, groups=NEURONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.d(self.a(x).transpose(1, 2)).transpose(1, 2)
+        return self.c(nn.functional.gelu(y))
+
+
+class Bypassed(Model):
+    """Layers beside which their input goes on: both are joined behind them."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.i, self.o, self.g = nn.Linear(WIDTH, WIDTH), nn.Linear(2 * WIDTH, WIDTH), Norm()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first = self.i(self.e(ids))
+        x = self.g(first)
+        for layer in self.x:
+            x = layer(x)
+        return self.h(self.n(self.o(torch.cat((first, x), -1))))
+
+
+class Step(nn.Module):
+    """A loop over the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, seen = torch.zeros_like(x[:, 0]), []
+        for step in range(x.shape[1]):
+            state = 0.5 * state + x[:, step]
+            seen.append(state)
+        return torch.stack(seen, 1)
+
+
+class Pointer(nn.Module):
+    """A softmax over pairs of tokens that is no attention of queries and keys: sums, not products, are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(torch.tanh(self.a(x) + self.b(x).transpose(1, 2)), -1) @ x
+
+
+class Streams(nn.Module):
+    """Layers over three residual streams, which are mixed by weights at each step."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.e = nn.Embedding(WORDS, WIDTH)
+        self.x = nn.ModuleList(layers)
+        self.w = nn.ModuleList(nn.Linear(WIDTH, 9) for _ in layers for _ in range(2))
+        self.h = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def mixed(self, x: Tensor, branch: nn.Module, norm: nn.Module, weights: nn.Module) -> Tensor:
+        mean = x.mean(2)
+        return branch(norm(mean)).unsqueeze(2) + torch.softmax(weights(mean).unflatten(-1, (3, 3)), -1) @ x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids).unsqueeze(2).expand(-1, -1, 3, -1)
+        for i, layer in enumerate(self.x):
+            x = self.mixed(x, layer.m, layer.n, self.w[2 * i])
+            x = self.mixed(x, layer.f, layer.k, self.w[2 * i + 1])
+        return self.h(x.mean(2))

@@ -47,6 +47,11 @@ MODELS: dict[str, Any] = {
     "complex": lambda: _layers(*(s.Turned("complex") for _ in range(3))),
     "halves": lambda: _layers(*(s.Turned("halves") for _ in range(3))),
     "translator": s.Translator,
+    "rereader": lambda: s.Rereader(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
+    "keeper": lambda: s.Keeper(*(s.Layer(s.Attend(causal=False), s.Feed()) for _ in range(3))),
+    "filter": lambda: _layers(*(s.Attend() for _ in range(3)), feed=s.Filter),
+    "bypassed": lambda: s.Bypassed(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
+    "streams": lambda: s.Streams(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
 }
 
 
@@ -92,6 +97,11 @@ WANTED: dict[str, tuple[int, int, int, int, int, set[str]]] = {
     "complex": (3, 3, 3, 0, 0, {"expert"}),
     "halves": (3, 3, 3, 0, 0, {"expert"}),
     "translator": (5, 8, 5, 0, 0, {"expert"}),
+    "rereader": (3, 3, 3, 0, 0, {"expert"}),
+    "keeper": (3, 3, 3, 0, 0, {"expert"}),
+    "filter": (3, 3, 3, 0, 0, {"expert"}),
+    "bypassed": (3, 3, 3, 0, 0, {"expert"}),
+    "streams": (3, 3, 3, 0, 0, {"expert"}),
 }
 
 
@@ -144,6 +154,21 @@ def test_banks_name_their_router_their_choice_and_what_all_tokens_share() -> Non
 def test_mixers_are_shown_and_left_alone() -> None:
     text = explain(_program("hybrid")).plain()
     assert "mixes tokens by a convolution, left alone" in text
+
+
+@pytest.mark.parametrize(("mix", "kind"), [(s.Step, "recurrence"), (s.Pointer, "softmax")])
+def test_layers_without_attention_are_told_by_how_they_mix(mix: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    program = capture_module(_layers(*(mix() for _ in range(3))), (Input("ids", ("B", "S"), torch.int64, "tokens"),))
+    views = Views(program)
+    assert [mixer.kind for mixer in views.mixers] == [kind] * 3
+    assert len(views.blocks) == len(views.feed_forwards) == 3
+    assert any("softmax" in one.reason for one in views.unseen) == (kind == "softmax")
+    assert "left alone" in explain(program).plain()
+
+
+def test_keys_of_an_earlier_layer_are_no_cross_attention() -> None:
+    assert not any(attention.cross for attention in Views(_program("keeper")).attentions)
 
 
 def test_one_neuron_is_declined_with_its_reason() -> None:
