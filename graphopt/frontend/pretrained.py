@@ -155,7 +155,7 @@ def _captured(model: torch.nn.Module, dims: tuple[Dim, ...], **options: Any) -> 
     inputs = model_inputs(model)
     fixed = PICTURES.hint + 3
     both = with_pictures(model, inputs, fixed)
-    with our_masks():
+    with our_masks(packed=any(spec.role == "positions" for spec in inputs)):
         if both is not None:
             name = next(spec.name for spec in both if spec.role == "pictures")
             try:
@@ -316,17 +316,25 @@ def _resolve(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def our_masks() -> Iterator[None]:
-    """While a model is exported, masks of the sdpa and eager implementations come from `graphopt::attention_mask` too."""
-    from transformers import AttentionMaskInterface
+def our_masks(packed: bool) -> Iterator[None]:
+    """While a model is exported, masks of the sdpa and eager implementations come from `graphopt::attention_mask` too.
 
+    Texts that are `packed` in one row are told apart by their positions, as far as these are given: positions that a
+    model counts itself go on from token to token.
+    """
+    from transformers import AttentionMaskInterface, masking_utils
+
+    indices = masking_utils.find_packed_sequence_indices
     mapping = AttentionMaskInterface._global_mapping
     before = {name: mapping[name] for name in ("sdpa", "eager") if name in mapping}
     AttentionMaskInterface.register("sdpa", _mask)
     AttentionMaskInterface.register("eager", _spelled_mask)
+    if not packed:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
+        masking_utils.find_packed_sequence_indices = indices
         for name, function in before.items():
             AttentionMaskInterface.register(name, function)
 

@@ -371,6 +371,16 @@ def _embedded(places: Places, node: fx.Node, roles: Roles) -> fx.Node:
     return places._call(node.target, table, index, *node.args[2:], **node.kwargs)
 
 
+def _indexed(places: Places, node: fx.Node, roles: Roles) -> fx.Node:
+    """Lines of a table `[N, ..]` that one index names, as an embedding has them."""
+    table, indices = node.args[:2]
+    if places.sequence.axes(table) or len(indices) != 1 or indices[0] is None:  # type: ignore[arg-type]
+        raise Unplaceable(node, "picks by more than one index")
+    index: fx.Node = indices[0]  # type: ignore[index,assignment]
+    made = places._build(table, (None,) * table.meta["val"].dim())  # type: ignore[arg-type,union-attr]
+    return places._call(node.target, made, [places._build(index, roles[: index.meta["val"].dim()])])
+
+
 def _joined(places: Places, node: fx.Node, roles: Roles) -> fx.Node:
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(roles)  # type: ignore[operator]
     if roles[axis] is not None:
@@ -431,6 +441,7 @@ _RULES: dict[Any, Callable[[Places, fx.Node, Roles], fx.Node]] = {
     aten.permute: _permuted,
     aten.slice: _sliced,
     aten.embedding: _embedded,
+    aten.index: _indexed,
     aten.cat: _joined,
     aten.stack: _joined,
     aten.repeat: _repeated,

@@ -71,6 +71,40 @@ def test_an_encoder_runs_once_and_its_text_is_continued_as_by_transformers(name:
     assert len({tuple(row) for row in found[-1].tolist()}) > 1
 
 
+def test_sound_is_encoded_once_and_written_down_as_by_transformers() -> None:
+    sizes = {f"{stack}_{size}": n for stack in ("encoder", "decoder") for size, n in (("layers", 2), ("ffn_dim", 56))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    words = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(
+        **sizes,
+        **heads,
+        **words,
+        vocab_size=96,
+        d_model=32,
+        num_mel_bins=16,
+        max_source_positions=20,
+        max_target_positions=64,
+    )
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    decoder = decoder_of(model)
+    products = [n for n in decoder.lowered.order if n.target is torch.ops.aten.linear.default]
+    late = [n for n in products if decoder.lowered.stage[n] == Stage.STEP]
+    assert (len(late), len(products) - len(late)) == (2 * 8 + 1, 2 * 6 + 2 * 2)
+    sound, start = torch.randn(3, 16, 40), torch.ones(3, 1, dtype=torch.long)
+    # What Whisper's own generate adds, tokens of tasks and times, is not asked for.
+    theirs = transformers.GenerationMixin.generate(
+        model, input_features=sound, decoder_start_token_id=1, do_sample=False, eos_token_id=None, pad_token_id=0,
+        max_new_tokens=NEW,
+    )  # fmt: skip
+    assert torch.equal(generate(decoder, start, max_new_tokens=NEW, input_features=sound), theirs)
+    assert len({tuple(row) for row in theirs.tolist()}) > 1
+
+
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, Decoder]:
     """One model and its decoder."""
