@@ -33,7 +33,7 @@ from graphopt.compiler.text import load_text
 from graphopt.ir.program import Program
 from graphopt.passkit import PassRegistry
 from graphopt.runtime import generate
-from graphopt.runtime.speculate import Fixed, Log
+from graphopt.runtime.speculate import Controller, Fixed, Log, Speculator
 from graphopt.runtime.speculate.setup import drafting_of, speculator
 from graphopt.spec import load_spec
 
@@ -120,22 +120,24 @@ def measure(program: Program, budgets: tuple[int, ...], count: int, new: int) ->
     drafting = drafting_of(program)
     if drafting is None:
         raise SystemExit("the program has no speculate step")
-    run = speculator(program, drafting)
-    plain = run.decoder
-    run.clock = time.process_time
-    adaptive = run.controller
+    plain = speculator(program, drafting).decoder
+
+    def fresh(controller: Controller | None = None) -> Speculator:
+        made = speculator(program, drafting)
+        return Speculator(plain, made.drafter, controller or made.controller, made.accept, time.process_time)
+
     found: dict[str, Any] = {"drafting": drafting.to_json()}
     for kind, texts in prompts(count).items():
-        ways: dict[str, tuple[Any, Total]] = {str(rows): (Fixed(rows), Total()) for rows in budgets}
-        ways[SPEC] = (adaptive, Total())
+        # A turn has a drafter of its own, which remembers what it saw, and sees every prompt once.
+        ways = {str(rows): ([fresh(Fixed(rows))], Total()) for rows in budgets}
+        ways[SPEC] = ([fresh() for _ in range(TURNS)], Total())
         for prompt in texts:
-            for way, (controller, total) in ways.items():
-                run.controller = controller
+            for turns, total in ways.values():
                 logs, own, same = list[Log](), list[float](), True
                 reference, seconds = timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new)[0])
                 others = [seconds]
-                for _ in range(TURNS if way == SPEC else 1):
-                    (got, log), seconds = timed(lambda p=prompt: run.generate(p, new))
+                for run in turns:
+                    (got, log), seconds = timed(lambda p=prompt, run=run: run.generate(p, new))
                     own.append(seconds)
                     logs.append(log)
                     same &= torch.equal(got, reference)
