@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.backends import attention, loops, products
+from graphopt.backends import attention, experts, loops, products
 from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
@@ -62,6 +62,8 @@ class Options:
     def template(self, node: fx.Node) -> bool:
         """Whether a product or attention becomes a generated kernel: with few rows, unless `products` says more."""
         if attention.is_attention(node):
+            return True
+        if self.products != "library" and (experts.is_expert_product(node) or experts.is_expert_gather(node)):
             return True
         if not products.is_product(node) or self.products == "library":
             return False
@@ -141,6 +143,8 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     """The kernel of a group, by the template that its nodes ask for; raises Unfusable when there is none."""
     if any(attention.is_attention(node) for node in nodes):
         return attention.build(nodes, outputs)
+    if any(experts.is_expert_product(node) for node in nodes):
+        return experts.build(nodes, outputs)
     if any(products.is_product(node) for node in nodes):
         return products.build(nodes, outputs)
     return loops.build(nodes, outputs)

@@ -47,28 +47,46 @@ class ProductEmitter(LoopEmitter):
     loop_of = {"r_down": "r"}
 
     def __init__(self, inside: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
-        self.products = [node for node in inside if is_product(node)]
+        self.products = [node for node in inside if self.owns(node)]
         super().__init__(inside, outputs, looped=True)
         self.masks |= {"n": "n_in", "r_down": "r_down_in"}
-        self.width: Size = self.sizes(self.products[0])[1]
+        rows, self.width, depth = self.shape(self.products[0])
         self.single = same(self.rows, 1)
+        self.few = self.single  # whether a program computes one row, without tensor cores
         x = ZERO if self.single else Index("x", frozenset("x"))
         n = ZERO if same(self.width, 1) else Index("n", N)
         self.result = [x, n]
         for node in self.products:
-            shape = self.sizes(node)
-            depth = self.sizes(operands(node)[0])[1]
-            if not (same(shape[0], self.rows) and same(shape[1], self.width) and same(depth, self.columns)):
+            if not all(same(a, b) for a, b in zip(self.shape(node), (rows, self.width, depth), strict=True)):
                 raise Unfusable("products of different shapes")
+
+    def owns(self, node: fx.Node) -> bool:
+        """Whether a node is a product that this template computes."""
+        return is_product(node)
+
+    def shape(self, node: fx.Node) -> tuple[Size, Size, Size]:
+        """Rows, columns and the summed size of a product."""
+        rows, depth = self.sizes(operands(node)[0])
+        return rows, self.sizes(node)[1], depth
+
+    def known_at(self, node: fx.Node) -> list[Index]:
+        """The coordinates at which a product's sums are known."""
+        return self.result
+
+    def factors(self, node: fx.Node, r: Index, down: Index) -> tuple[fx.Node, Value, Value]:
+        """The first factor, and the values of both along the summed axis."""
+        left, right = operands(node)
+        return left, self.value(left, [self.result[0], r]), self.value(right, [down, self.result[1]])
 
     def space(self, inside: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[list[Size], list[int]]:
         """Rows of the first factor; its columns are summed."""
-        return self.sizes(operands(self.products[0])[0]), [1]
+        rows, _, depth = self.shape(self.products[0])
+        return [rows, depth], [1]
 
     def write(self, node: fx.Node, indices: list[Index], guard: Index | None) -> Value:
         """Sums of products are known by name; a bias is added to them."""
         if node in self.products:
-            if [i.text for i in indices] != [i.text for i in self.result]:
+            if [i.text for i in indices] != [i.text for i in self.known_at(node)]:
                 raise Unfusable("a product that is read at other coordinates than it is stored")
             held = f"acc{self.products.index(node)}"
             axes = frozenset(a for i in indices for a in i.axes)
@@ -81,21 +99,19 @@ class ProductEmitter(LoopEmitter):
     def multiply(self) -> list[str]:
         """The loop over the summed axis; its sums are called acc0, acc1 and so on."""
         r = Index("r", frozenset("r")) if not same(self.columns, 1) else ZERO
-        down = r if self.single or r is ZERO else Index("r_down", COLUMN)
-        shape = "[NBLOCK, RBLOCK]" if self.single else "[XBLOCK, NBLOCK]"
+        down = r if self.few or r is ZERO else Index("r_down", COLUMN)
+        shape = "[NBLOCK, RBLOCK]" if self.few else "[XBLOCK, NBLOCK]"
         start = [f"acc{i} = tl.zeros({shape}, tl.float32)" for i in range(len(self.products))]
         with self.loop("r") as body:
             for number, node in enumerate(self.products):
-                left, right = operands(node)
-                a = self.value(left, [self.result[0], r])
-                b = self.value(right, [down, self.result[1]])
+                left, a, b = self.factors(node, r, down)
                 # What is computed from masked loads need not be zero beyond the end of the axis.
                 first = (
                     a.text
-                    if self._loaded(left)
+                    if self.loaded(left)
                     else self.line(f"tl.where(r_in, {a.text}, 0.0)", "bounded", a.axes | {"r"})
                 )
-                if self.single:
+                if self.few:
                     body.lines.append(f"acc{number} += {first} * {b.text}")
                     continue
                 spread = [] if "x" in a.axes else [f"{first} = tl.broadcast_to({first}, [XBLOCK, RBLOCK])"]
@@ -103,16 +119,16 @@ class ProductEmitter(LoopEmitter):
                 exact = ', input_precision="ieee"' if left.meta["val"].dtype == torch.float32 else ""
                 body.lines += [*spread, f"acc{number} = tl.dot({first}.to(DOT), {b.text}.to(DOT), acc{number}{exact})"]
         lines = self.walk(body.lines)
-        if not self.single:
+        if not self.few:
             down_lines = [
                 "    r_down = r_start + tl.arange(0, RBLOCK)[:, None]",
                 f"    r_down_in = r_down < {text_of(self.columns)}",
             ]
             lines[3:3] = down_lines
-        ends = [f"acc{i} = tl.sum(acc{i}, 1)[:, None]" for i in range(len(self.products))] if self.single else []
+        ends = [f"acc{i} = tl.sum(acc{i}, 1)[:, None]" for i in range(len(self.products))] if self.few else []
         return [*start, *lines, *ends]
 
-    def _loaded(self, node: fx.Node) -> bool:
+    def loaded(self, node: fx.Node) -> bool:
         """Whether an operand is read from memory as it is, views aside."""
         while node not in self.inside and packet(node) in VIEWS:
             node = node.args[0]  # type: ignore[assignment]
@@ -123,7 +139,11 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     """The kernel of a group with products; raises Unfusable when it cannot be one."""
     e = ProductEmitter(nodes, outputs)
     signature = Signature(e, outputs)
-    stores = []
+    return _kernel(e, signature, nodes, outputs, body(e, signature, outputs))
+
+
+def body(e: ProductEmitter, signature: Signature, outputs: Sequence[fx.Node]) -> list[str]:
+    """What a program computes of its tile."""
     places = []
     for node, name in zip(outputs, signature.out_names, strict=True):
         sizes = e.sizes(node)
@@ -136,11 +156,11 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
         if "r" in value.axes or "r_down" in value.axes:
             raise Unfusable("a result that varies along the summed axis")
         offset = linear(indices, e.sizes(node)) if node.meta["val"].is_contiguous() else e.offset(node, name, indices)
-        masks = " & ".join(e.masks[a] for a in sorted({"n", *([] if e.single else ["x"])}))
+        masks = " & ".join(e.masks[a] for a in sorted({"n", *([] if e.few else ["x"])}))
         where = spread(offset, "n")
         e.blocks[0].lines.append(f"tl.store({name} + {where}, {value.read(node.meta['val'].dtype)}, mask={masks})")
     stores = e.blocks[0].lines
-    return _kernel(e, signature, nodes, outputs, [*prologue, *product_lines, *stores])
+    return [*prologue, *product_lines, *stores]
 
 
 def _kernel(
