@@ -20,7 +20,7 @@ from graphopt.artifact.native_names import CONSTANTS_FILE, GRAPH_FILE, TRAIL_FIL
 from graphopt.artifact.trail import trail_from_json, trail_to_json
 from graphopt.diagnostics import ArtifactError
 from graphopt.ir.program import Program
-from graphopt.ir.run import bind_inputs, runnable
+from graphopt.ir.run import bind_inputs, fastest
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _ROLES = {"tokens": "input_ids", "padding": "attention_mask", "positions": "position_ids"}
@@ -177,7 +177,7 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _graph(self, device: torch.device) -> Any:
         key = (self.dtype, device)
         if key not in self._graphs:
-            self._graphs[key] = runnable(self._program, self.dtype, device)
+            self._graphs[key] = fastest(self._program, self.dtype, device)
         return self._graphs[key]
 
     def _value(self, name: str, device: torch.device) -> torch.Tensor:

@@ -26,11 +26,13 @@ class Groups(NamedTuple):
     spans: list[tuple[int, int, int]] | None
 
 
-def group(index: torch.Tensor, experts: int) -> Groups:
-    """Groups of a choice `[N]` among experts."""
+def group(index: torch.Tensor, experts: int, share: torch.Tensor | None = None) -> Groups:
+    """Groups of a choice `[N]` among experts; a choice whose share is 0 is in none, unless shares are trained."""
     if torch.compiler.is_compiling():
         return Groups(index, index, None)
-    counts = torch.bincount(index, minlength=experts).tolist()
+    if share is not None and not (share.requires_grad and torch.is_grad_enabled()):
+        index = index.masked_fill(share.reshape(-1) == 0, experts)
+    counts = torch.bincount(index, minlength=experts).tolist()[:experts]
     ends = list(accumulate(counts))
     spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
     return Groups(index, torch.argsort(index, stable=True), spans)
@@ -68,7 +70,7 @@ def lower_choices(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.bmm.default:
             continue
-        found = _choice(node)
+        found = choice_of(node)
         if found is None:
             continue
         side, gathered, size = found
@@ -84,7 +86,7 @@ def lower_choices(graph: fx.Graph) -> None:
             graph.erase_node(gathered)
 
 
-def _choice(node: fx.Node) -> tuple[int, fx.Node, int] | None:
+def choice_of(node: fx.Node) -> tuple[int, fx.Node, int] | None:
     """The side of a product on which matrices are chosen, the node that chooses them and the size of their bank."""
     for side in (0, 1):
         gathered, other = node.args[side], node.args[1 - side]

@@ -25,6 +25,7 @@ from graphopt.diagnostics import GraphoptError, VerifyError
 from graphopt.ir.program import Program
 from graphopt.ir.purity import is_pure
 from graphopt.ir.rewriter import Rewriter
+from graphopt.ir.run import Runner, runnable
 from graphopt.ir.shapes import propagate
 from graphopt.ir.text import fingerprint
 from graphopt.passkit import Decline, Edit, Effect, Pass, Skip
@@ -228,7 +229,9 @@ def cost_is_counted(case: Trial) -> None:
     _require(found.parameters == parameters, law, f"{found.parameters} parameters counted, {parameters} there")
     size = sum(tensor.nbytes for name, tensor in tensors.items() if kinds[name] != "constant")
     _require(found.bytes == size, law, f"{found.bytes} bytes counted, {size} there")
-    runner = after.module(None)
+    runner = Runner(after, None, "cpu")
+    # All choices of a routing: those that a token drops are not computed otherwise.
+    runner.graph = runnable(after, after.dtype, "cpu")
     for seed, sizes in enumerate(SHAPES[1:]):
         inputs = given(after, sizes, seed)
         mode = FlopCounterMode(display=False, custom_mapping=_FLOPS)

@@ -110,7 +110,7 @@ class Rank(Choice):
 
 
 class Threshold(Choice):
-    """Of the highest scores those that come close to the best; the others are computed and count nothing."""
+    """Of the highest scores those that come close to the best; the others count nothing and are skipped as it runs."""
 
     kind: Literal["threshold"] = "threshold"
     most: Annotated[int, Field(ge=1, le=4096)] = 2

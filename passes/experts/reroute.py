@@ -22,8 +22,9 @@ class Reroute(Pass):
     2410.06270; `median` is, layer by layer, the median of second over best on calibration text). Tokens that `protect`
     keeps lose none: those whose input is largest, which is how the released code of MC-MoE ranks them, here by a threshold
     from calibration text, so that the route of a token depends on no other token. What is left shares what all had; a
-    choice of one rank counts 1. With `top_k` and `rank` fewer rows are computed; with `below` a dropped choice counts 0,
-    and the plan notes the share of choices that calibration text drops.
+    choice of one rank counts 1. With `top_k` and `rank` fewer rows are computed; with `below` a dropped choice counts 0
+    in the graph and is skipped as it runs, so that the cost, which is that of all choices, is a bound, and the plan notes
+    the share of choices that calibration text drops.
 
     ```yaml
     - use: reroute

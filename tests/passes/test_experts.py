@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.cost import cost
 from graphopt.diagnostics import PlanError
@@ -149,6 +150,21 @@ def test_the_best_choice_alone_is_what_dropping_all_others_leaves() -> None:
     torch.testing.assert_close(run(trial(made(Reroute, below=1.0), one).after), best, rtol=1e-12, atol=1e-12)
     # Mixtral's shares sum to 1.
     torch.testing.assert_close(run(trial(made(Reroute, rank=1), one).after), best, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_dropped_choices_are_not_computed(name: str) -> None:
+    def flops(options: dict[str, Any]) -> int:
+        after = trial(made(Reroute, **options), one).after
+        run_ = after.module(torch.float64)
+        mode = FlopCounterMode(display=False)
+        with torch.no_grad(), mode:
+            run_(**given(one, {"B": 2, "S": 9}, 0))
+        return int(mode.get_total_flops())
+
+    one = program(name)
+    best, half, all_ = (flops(options) for options in ({"top_k": 1}, {"below": 0.8}, {"below": 1e-9}))
+    assert flops({"below": 1.0}) == best < half < all_
 
 
 def test_the_largest_tokens_keep_all_their_choices() -> None:
