@@ -30,8 +30,10 @@ def page(results: dict[str, dict[str, dict[str, Any]]], surgeries: list[str], la
         "its emulation in float64 and survives saving and loading. Parts are `found/exist`, and what exists is counted",
         f"from the module tree during one eager run ({layers} layers a stack where the config can say so).",
         "Eager means transformers with its sdpa attention; where that drops a mask of ones, its spelled-out attention.",
-        "Of tasks other than causal language modelling the table holds the classes that `benchmarks/small_models.py`",
-        "names as representatives (`--selected`); without that option the command runs all of them.",
+        "Where the module tree counts a state-space or convolutional mixer and the feed-forward behind it as two layers",
+        "(`nemotron_h`), the graph shows one: a layer is what mixes tokens and what feeds forward after it.",
+        "Of the tasks other than causal language modelling, the table holds the classes that were run: at least those that",
+        "`benchmarks/small_models.py` names as representatives (`--selected`); without that option the command runs all.",
         "",
     ]
     for auto, rows in results.items():

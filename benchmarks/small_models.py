@@ -326,7 +326,7 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
     named so that run a softmax; feed-forwards the down projections outside attentions and other mixers that read what an
     up projection of the same block writes; expert banks modules with three-dimensional weights or lists inside blocks.
     """
-    blocks = dict(_blocks(model))
+    blocks, halves = dict(_blocks(model)), _halves(model)
     counts = {"blocks": 0, "attentions": 0, "feed_forwards": 0, "experts": 0}
     inside: list[tuple[str, Any]] = []
     softmax: set[int] = set()
@@ -343,7 +343,7 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
         products.discard(id(module))
 
     def block_called(module: Any, _: Any, result: Any) -> None:
-        counts["blocks"] += 1
+        counts["blocks"] += id(module) not in halves
         result = result if isinstance(result, torch.Tensor) else result[0]
         dense, banks = _feed_forwards(module, set(result.shape[1:]))
         counts["feed_forwards"] += dense
@@ -393,6 +393,17 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{index}", child
 
 
+def _halves(model: Any) -> set[int]:
+    """Members of lists of feed-forwards of layers whose attentions are in a list of their own beside them."""
+    found: set[int] = set()
+    for parent in model.modules():
+        lists = [child for child in parent.children() if isinstance(child, torch.nn.ModuleList)]
+        mixing = {len(one) for one in lists if any(_looks_like_block(child) for child in one)}
+        plain = [one for one in lists if not any(_looks_like_block(child) for child in one) and len(one) in mixing]
+        found |= {id(child) for one in plain for child in one}
+    return found
+
+
 def _mixes(module: Any) -> bool:
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d)
     return _looks_like_block(module) or any(isinstance(part, convolutions) for part in module.modules())
@@ -436,7 +447,11 @@ def _feed_forwards(block: Any, widths: set[int]) -> tuple[int, int]:
     mixers, banks, lists = [], [], []
     for name, module in block.named_modules():
         kind = type(module).__name__.lower()
-        if name and any(word in kind for word in _MIXERS) and not any(w in kind for w in ("mlp", "layer", "block")):
+        if (
+            name
+            and any(word in kind for word in _MIXERS)
+            and not any(w in kind for w in ("mlp", "layer", "block", "feedforward"))
+        ):
             mixers.append(name)
         if any(p.dim() == 3 and p.shape[1] > 1 and p.shape[2] > 1 for p in module.parameters(recurse=False)):
             banks.append(name)

@@ -249,9 +249,11 @@ class Skip(Edit):
         return {"edit": "skip", "block": self.block, "index": self.index, "parts": list(self.parts), "why": self.why}
 
     def _regions(self, views: Views) -> list[tuple[fx.Node, fx.Node]]:
-        sublayers = views.blocks[self.index].sublayers
-        chosen = self.parts or tuple(range(len(sublayers)))
-        return [(sublayers[i].entry, sublayers[i].exit) for i in chosen]
+        block = views.blocks[self.index]
+        if not self.parts:
+            # As one: sub-layers that only fold the batch and the length together have ends of two shapes.
+            return [(block.entry, block.exit)]
+        return [(block.sublayers[i].entry, block.sublayers[i].exit) for i in self.parts]
 
     def apply(self, rewriter: Rewriter, views: Views) -> None:
         """Let readers of each exit read the entry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -44,7 +45,10 @@ class Page:
 
 
 def fold(names: Iterable[str]) -> list[str]:
-    """Dotted names with the one number in which they differ gathered, as in `model.layers.{0..3,5}.mlp`."""
+    """Dotted names with the numbers in which they differ gathered, as in `model.layers.{0..3,5}.mlp`.
+
+    Several numbers are gathered where every combination of them is there: `stages.{0,1}.blocks.{0..2}`.
+    """
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name in dict.fromkeys(names):
         parts = name.split(".")
@@ -52,10 +56,10 @@ def fold(names: Iterable[str]) -> list[str]:
     folded: list[str] = []
     for members in groups.values():
         places = [i for i in range(len(members[0])) if len({parts[i] for parts in members}) > 1]
-        if len(places) == 1:
-            place = places[0]
-            numbers = _ranges(sorted(int(parts[place]) for parts in members))
-            folded.append(".".join([*members[0][:place], "{" + numbers + "}", *members[0][place + 1 :]]))
+        numbers = {place: sorted({int(parts[place]) for parts in members}) for place in places}
+        if places and math.prod(map(len, numbers.values())) == len(members):
+            together = {place: "{" + _ranges(found) + "}" for place, found in numbers.items()}
+            folded.append(".".join(together.get(i, part) for i, part in enumerate(members[0])))
         else:
             folded += [".".join(parts) for parts in members]
     return folded

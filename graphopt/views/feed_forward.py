@@ -22,6 +22,9 @@ def find_feed_forwards(labels: Labels, cores: Collection[fx.Node]) -> tuple[list
     missed: list[Unseen] = []
     for down in labels.linears.values():
         joined = _joined(labels, down, labels.linears)
+        if joined is None and (up := _gated_by_others(labels, down)) is not None:
+            reason = "its neurons are multiplied by what no product of the same input makes; they are left alone"
+            missed.append(Unseen(f"feed-forward {common_path(path(up.node), path(down.node))}", down.node.name, reason))
         if joined is None or any(p.node in cores for p in joined[0]):
             continue
         products, activations = joined
@@ -102,6 +105,19 @@ def _joined(labels: Labels, down: Linear, among: dict[fx.Node, Linear]) -> tuple
         return None  # A head with a norm of its own returns to no stream.
     sources = {behind(p.x) for p in products}
     return (products, activations) if len(sources) == 1 else None
+
+
+def _gated_by_others(labels: Labels, down: Linear) -> Linear | None:
+    """The product whose activation is multiplied by something else before a down projection."""
+    gated = behind(down.x)
+    if getattr(gated.target, "overloadpacket", None) is not aten.mul:
+        return None
+    for factor in gated.args:
+        if isinstance(factor, fx.Node) and activation(active := behind(factor)):
+            up = labels.linears.get(behind(active.args[0]))  # type: ignore[arg-type]
+            if up is not None and _width(labels, up, up.in_axis) == _width(labels, down, down.out_axis):
+                return up
+    return None
 
 
 def _width(labels: Labels, linear: Linear, axis: int) -> int:

@@ -180,6 +180,8 @@ class LayoutRules:
         if not isinstance(size, int):
             source[dim] = (Dyn(new.node.expr),) if not isinstance(new, int) else self._fresh(node.meta["val"])[dim]
             return source
+        if not isinstance(new, int):
+            return None
         if new == size and step == 1:
             return source
         if step != 1:

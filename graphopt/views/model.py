@@ -145,7 +145,9 @@ class Views:
             tuple(
                 piece
                 for region in regions
-                for piece in (parted(region, self._parts) if named & set(region.nodes) - apart else (region,))
+                for piece in (
+                    parted(region, self._parts) if region.residual or named & set(region.nodes) - apart else (region,)
+                )
             )
             for _, regions in self._stacks
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from graphopt.views.atoms import Atom, Axis, flat, leaves
 from graphopt.views.labels import Labels
@@ -15,7 +16,10 @@ aten = torch.ops.aten
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold tensors of one shape."""
     x, y = a.meta.get("val"), b.meta.get("val")
-    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.shape == y.shape
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim():
+        return False
+    # A size that depends on values equals none that is known.
+    return all(guard_or_false(a == b) for a, b in zip(x.shape, y.shape, strict=True))
 
 
 def reachable(start: list[fx.Node], step: object) -> set[fx.Node]:

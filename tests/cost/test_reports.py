@@ -130,6 +130,7 @@ def test_names_fold() -> None:
     assert fold(["a.3.b"]) == ["a.3.b"]
     assert fold(["a.0.b", "a.1.c"]) == ["a.0.b", "a.1.c"]
     assert fold(["a.0.1", "a.1.0"]) == ["a.0.1", "a.1.0"]
+    assert fold([f"a.{i}.b.{j}" for i in range(2) for j in range(3)]) == ["a.{0,1}.b.{0..2}"]
 
 
 def test_parts_fold_on_the_page_of_costs(program_of: Any) -> None:

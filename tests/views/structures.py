@@ -266,6 +266,15 @@ class Bypassed(Model):
         return self.h(self.n(self.o(torch.cat((first, x), -1))))
 
 
+class Flattened(Layer):
+    """A layer that feeds forward all tokens of the batch in one list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.m(self.n(x))
+        rows = x.reshape(-1, WIDTH)
+        return (rows + self.f(self.k(rows))).view(x.shape)
+
+
 class Step(nn.Module):
     """A loop over the tokens."""
 

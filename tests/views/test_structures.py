@@ -50,6 +50,7 @@ MODELS: dict[str, Any] = {
     "rereader": lambda: s.Rereader(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
     "keeper": lambda: s.Keeper(*(s.Layer(s.Attend(causal=False), s.Feed()) for _ in range(3))),
     "filter": lambda: _layers(*(s.Attend() for _ in range(3)), feed=s.Filter),
+    "flattened": lambda: s.Model(*(s.Flattened(s.Attend(), s.Feed()) for _ in range(3))),
     "bypassed": lambda: s.Bypassed(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
     "streams": lambda: s.Streams(*(s.Layer(s.Attend(), s.Feed()) for _ in range(3))),
 }
@@ -101,6 +102,7 @@ WANTED: dict[str, tuple[int, int, int, int, int, set[str]]] = {
     "keeper": (3, 3, 3, 0, 0, {"expert"}),
     "filter": (3, 3, 3, 0, 0, {"expert"}),
     "bypassed": (3, 3, 3, 0, 0, {"expert"}),
+    "flattened": (3, 3, 3, 0, 0, {"expert"}),
     "streams": (3, 3, 3, 0, 0, {"expert"}),
 }
 
