@@ -11,7 +11,17 @@ from graphopt.views.atoms import Atom, flat, leaves, size_of
 from graphopt.views.kinds import Experts, FeedForward, Unseen
 from graphopt.views.labels import Labels
 from graphopt.views.routing import Linear, behind
-from graphopt.views.trace import activation, chosen, common_path, elementwise_sources, gate_of, path, share, spelled
+from graphopt.views.trace import (
+    TRANSPARENT,
+    activation,
+    chosen,
+    common_path,
+    elementwise_sources,
+    gate_of,
+    path,
+    share,
+    spelled,
+)
 
 aten = torch.ops.aten
 
@@ -22,8 +32,8 @@ def find_feed_forwards(labels: Labels, cores: Collection[fx.Node]) -> tuple[list
     missed: list[Unseen] = []
     for down in labels.linears.values():
         joined = _joined(labels, down, labels.linears)
-        if joined is None and (up := _gated_by_others(labels, down)) is not None:
-            reason = "its neurons are multiplied by what no product of the same input makes; they are left alone"
+        if joined is None and (up := _gated_by_tokens(labels, down)) is not None:
+            reason = "its neurons are multiplied by an embedding of the tokens; they are left alone"
             missed.append(Unseen(f"feed-forward {common_path(path(up.node), path(down.node))}", down.node.name, reason))
         if joined is None or any(p.node in cores for p in joined[0]):
             continue
@@ -107,17 +117,34 @@ def _joined(labels: Labels, down: Linear, among: dict[fx.Node, Linear]) -> tuple
     return (products, activations) if len(sources) == 1 else None
 
 
-def _gated_by_others(labels: Labels, down: Linear) -> Linear | None:
-    """The product whose activation is multiplied by something else before a down projection."""
+def _gated_by_tokens(labels: Labels, down: Linear) -> Linear | None:
+    """The product whose activation is multiplied by an embedding of the tokens before a down projection."""
     gated = behind(down.x)
     if getattr(gated.target, "overloadpacket", None) is not aten.mul:
         return None
     for factor in gated.args:
-        if isinstance(factor, fx.Node) and activation(active := behind(factor)):
-            up = labels.linears.get(behind(active.args[0]))  # type: ignore[arg-type]
-            if up is not None and _width(labels, up, up.in_axis) == _width(labels, down, down.out_axis):
-                return up
+        if not isinstance(factor, fx.Node) or not activation(active := behind(factor)):
+            continue
+        up = labels.linears.get(behind(active.args[0]))  # type: ignore[arg-type]
+        if up is not None and any(_embedded(other) for other in gated.args if other is not factor):
+            return up
     return None
+
+
+def _embedded(node: object) -> bool:
+    """Whether an embedding of tokens lies behind sums, scales, norms and layouts."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, fx.Node) or current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        packet = getattr(current.target, "overloadpacket", None)
+        if packet is aten.embedding:
+            return True
+        if packet in TRANSPARENT:
+            stack.extend(current.all_input_nodes)
+    return False
 
 
 def _width(labels: Labels, linear: Linear, axis: int) -> int:

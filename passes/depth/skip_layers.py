@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from graphopt.observe import Tap
     from graphopt.passkit.edits import Decline, Plan
-    from graphopt.views import Block
+    from graphopt.views import Block, SubLayer
 
 
 class SkipLayers(Pass):
@@ -138,7 +138,8 @@ class SkipLayers(Pass):
     def _unfit(self, block: Block) -> str | None:
         """Why this part cannot be taken out of a block."""
         if self.part == "block" or self._parts(block):
-            return None
+            parts = self._parts(block) or tuple(range(len(block.sublayers)))
+            return _kept_by_others(tuple(block.sublayers[i] for i in parts))
         kinds = ", ".join(sublayer.kind for sublayer in block.sublayers)
         if any(sublayer.kind == "parallel" for sublayer in block.sublayers):
             return "attention and feed-forward run side by side in one sub-layer; only part: block can be taken out"
@@ -202,3 +203,16 @@ class SkipLayers(Pass):
             entry, exit = self._ends(block)
             found[block.index] = 1 - context.statistics.cosine(exit.name, entry.name).mean
         return found
+
+
+def _kept_by_others(parts: tuple[SubLayer, ...]) -> str | None:
+    """Why sub-layers would stay although the stream passes them by: others read what they make on the way."""
+    from torch import SymInt
+
+    inside, ends = {node for part in parts for node in part.nodes}, {part.exit for part in parts}
+    for part in parts:
+        for node in part.nodes:
+            outside = [user for user in node.users if user not in inside and "val" in user.meta]
+            if node not in ends and any(not isinstance(user.meta["val"], int | SymInt) for user in outside):
+                return f"other layers read %{node.name} of it, so that it would have to stay"
+    return None

@@ -189,3 +189,11 @@ def test_shared_weights_are_one_group() -> None:
     views = Views(_program("shared"))
     assert len(unit_groups(views, "neuron")) == 1
     assert len(unit_groups(views, "query")) == 1
+
+
+def test_a_layer_whose_keys_others_read_is_not_skipped() -> None:
+    views = Views(_program("keeper"))
+    config = PassRegistry().get("skip_layers").model_validate({"layers": 0})
+    plan = config.plan(Context(views, (0, 1, 2)))
+    assert not plan.edits
+    assert any("other layers read" in decline.reason for decline in plan.declines)
