@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
 
 from graphopt.backends.direct import calls, direct
 from graphopt.backends.lowering import Lowered, Options, lower_graph
@@ -60,6 +59,8 @@ def backend(
 
             return compile_fx_inner(traced, example)  # type: ignore[no-any-return]
         return _boxed(traced)
+
+    from torch._dynamo.backends.common import aot_autograd
 
     compiler = aot_autograd(
         fw_compiler=forward,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from graphopt.ir.program import Program
-from graphopt.passkit import Context, PassRegistry
-from graphopt.passkit.edits import apply_edits
-from graphopt.views import Views
 
 
 def with_cache(program: Program) -> tuple[Program, str | None]:
     """The program with a cache, and why not when it cannot have one (then it is the program itself)."""
     if program.cached:
         return program, None
+    # Passes and specs take half a second to import, which loading a model and torch.compile should not wait for.
+    from graphopt.passkit import Context, PassRegistry
+    from graphopt.passkit.edits import apply_edits
+    from graphopt.views import Views
+
     views = Views(program)
     plan = PassRegistry().get("insert_cache")().plan(Context(views, tuple(range(len(views.blocks)))))
     if not plan.edits:
