@@ -2,6 +2,8 @@
 
 python benchmarks/op_db.py --backend graphopt --dtype float32 --out benchmarks/results/op_db.json
 
+`--modules` runs torch's modules (module_db) instead, in evaluation mode.
+
 The file holds one run for each backend, dtype and option, is written every few ops, and a run that was stopped goes on
 where it was; `--again` starts anew. `--table` prints what the file holds as Markdown.
 
@@ -13,6 +15,7 @@ when eager differs from itself or returns what is not initialised.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import signal
@@ -21,7 +24,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,12 +66,47 @@ def call(op: Any, sample: Any, wrap: Callable[..., Any] = lambda f: f) -> Any:
     def function(value: Any, args: Any, kwargs: Any) -> Any:
         return op.op(value, *args, **kwargs)
 
-    copy = pytree.tree_map(
-        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (sample.input, sample.args, sample.kwargs)
-    )
+    own = pytree.tree_map(_copied, (sample.input, sample.args, sample.kwargs))
     torch.manual_seed(1)
     with torch.no_grad():
-        return wrap(function)(*copy)
+        return wrap(function)(*own)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, torch.nn.Module) else value
+
+
+@dataclass(frozen=True)
+class ModuleCase:
+    """A module of torch's module database as an op whose first argument is the module."""
+
+    info: Any
+    name: str
+    variant_test_name: str = ""
+
+    def op(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return module(*args, **kwargs)
+
+    def supported_dtypes(self, device: str) -> Any:
+        """The dtypes that it has samples of."""
+        return self.info.supported_dtypes(device)
+
+    def sample_inputs(self, device: str, dtype: torch.dtype, requires_grad: bool) -> Iterator[Any]:
+        """Modules with what they are called with."""
+        for each in self.info.module_inputs_func(self.info, device, dtype, requires_grad, training=False):
+            made = self.info.module_cls(*each.constructor_input.args, **each.constructor_input.kwargs)
+            given = each.forward_input
+            yield SimpleNamespace(input=made.to(device, dtype).eval(), args=given.args, kwargs=given.kwargs)
+
+
+def modules() -> list[ModuleCase]:
+    """torch's module database."""
+    from torch.testing._internal.common_modules import module_db
+
+    return [ModuleCase(info, info.name) for info in module_db]
 
 
 def agree(got: Any, expected: Any) -> bool:
@@ -122,6 +162,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--interpret", action="store_true", help="run generated kernels under Triton's interpreter")
     parser.add_argument("--seconds", type=int, default=60, help="limit for one op")
+    parser.add_argument("--modules", action="store_true", help="modules instead of ops")
     parser.add_argument("--ops", nargs="*", help="only these")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--again", action="store_true", help="forget what the file holds of this run")
@@ -132,12 +173,16 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     torch._logging.set_logs(all=logging.CRITICAL)
-    from torch.testing._internal.common_methods_invocations import op_db
+    if arguments.modules:
+        cases: Any = modules()
+    else:
+        from torch.testing._internal.common_methods_invocations import op_db as cases
 
     dtype = getattr(torch, arguments.dtype)
     options = {"interpret": True} if arguments.interpret else None
     known = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
     key = " ".join([arguments.backend, arguments.dtype, f"{arguments.samples} samples", *(options or ())])
+    key += " modules" if arguments.modules else ""
     run = {} if arguments.again else known.get(key, {})
     if run.get("torch", torch.__version__) != torch.__version__:
         run = {}
@@ -159,7 +204,7 @@ def main() -> None:
             scratch.write_text(json.dumps(known, indent=1) + "\n")
             scratch.replace(arguments.out)
 
-    for position, op in enumerate(op_db):
+    for position, op in enumerate(cases):
         name = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
         if name in classes or (arguments.ops and name not in arguments.ops) or dtype not in op.supported_dtypes("cpu"):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.op_db import judge
+from benchmarks.op_db import judge, modules
 
 EVERY = 23  # a prime: neighbours in the list are alike
 
@@ -28,3 +28,14 @@ def test_no_op_is_wrong_and_none_fails(dtype: torch.dtype, interpret: bool) -> N
     }
     assert len(found) > 20
     assert not {name: why for name, why in found.items() if why[0] in ("wrong", "backend_error", "not_capturable")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("interpret", [False, True])
+def test_no_module_is_wrong_and_none_fails(interpret: bool) -> None:
+    options = {"interpret": True} if interpret else None
+    some = modules()[::11]
+    some += [case for case in modules() if case.name == "nn.BatchNorm2d"]
+    found = {case.name: judge(case, torch.float32, "graphopt", options, 1) for case in some}
+    assert len(found) > 10
+    assert not {name: why for name, why in found.items() if why[0] != "ok"}
