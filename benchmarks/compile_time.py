@@ -292,9 +292,16 @@ def page(known: dict[str, Any]) -> str:
                 f"| {peer} | {' | '.join(cells)} | {own['largest_difference']:.0e} | {own['build_seconds']:.1f} s |"
             )
     if "compile" in known:
-        lines += ["", "## First call", "", "Seconds of the first call in a fresh process; `warm` is a second process with the",
-                  "caches that the first one left. `dynamo` captures and does nothing else: no backend can be below it.", "", "| | " + " | ".join(f"{n} layers | warm" for n in DEPTHS) + " |",
-                  "|---|" + "---:|---:|" * len(DEPTHS)]  # fmt: skip
+        lines += [
+            "",
+            "## First call",
+            "",
+            "Seconds of the first call in a fresh process; `warm` is a second process with the caches of the first.",
+            '`dynamo` captures and does nothing else (`backend="eager"`): no backend of `torch.compile` can be below it.',
+            "",
+            "| | " + " | ".join(f"{n} layers | warm" for n in DEPTHS) + " |",
+            "|---|" + "---:|---:|" * len(DEPTHS),
+        ]
         for peer, own in known["compile"].items():
             cells = [f"{own[n]['cold_seconds']:.1f} | {own[n]['warm_seconds']:.1f}" for n in map(str, DEPTHS)]
             lines.append(f"| {peer} | {' | '.join(cells)} |")

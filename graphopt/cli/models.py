@@ -24,7 +24,10 @@ def explain(
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph itself, one line a node.")] = False,
     lowered: Annotated[bool, typer.Option("--lowered", help="Show the kernels that it becomes on a GPU.")] = False,
     at: Annotated[str, typer.Option(help="With --lowered: sizes of the dimensions.", metavar="B=1,S=1")] = "B=1,S=1",
-    source: Annotated[str | None, typer.Option(help="With --lowered: add the source of this kernel.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="With --lowered: add the sources of kernels whose names begin so.", metavar="NAME|all"),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Show a model as blocks with heads, widths, norms, positions and costs."""
@@ -58,7 +61,7 @@ def _explain_lowered(program: Program, sizes: dict[str, int], source: str | None
 
     found = lower(program, "cuda", dtype=torch.bfloat16, sizes=sizes)
     if as_json:
-        show_json({"model": program.origin.name, **lowered_json(found, sizes, ROOFS["h200"])})
+        show_json({"model": program.origin.name, **lowered_json(found, sizes, ROOFS["h200"], source)})
     else:
         show_page(lowered_page(found, sizes, ROOFS["h200"], source))
 

@@ -10,6 +10,7 @@ import sympy
 
 from graphopt.backends.programs import LoweredProgram
 from graphopt.backends.report import CallReport, GroupReport
+from graphopt.diagnostics import PlanError, did_you_mean
 from graphopt.report.page import Page
 
 
@@ -25,6 +26,10 @@ class Roof:
         """The least time for so many bytes and FLOPs."""
         return max(moved / self.bandwidth, computed / self.flops)
 
+    def bound(self, moved: float, computed: float) -> str:
+        """What that time goes by: "bytes" or "flops"."""
+        return "bytes" if moved / self.bandwidth >= computed / self.flops else "flops"
+
 
 # Rates that copies and products reach on the device, not those of its data sheet.
 ROOFS = {"h200": Roof("h200", 4.3e12, 790e12)}
@@ -32,13 +37,19 @@ ROOFS = {"h200": Roof("h200", 4.3e12, 790e12)}
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel or library call with how often it runs; bytes and FLOPs are those of all its runs."""
+    """One kernel or library call with how often it runs; bytes, FLOPs and the least time are those of all its runs.
+
+    `kernel` is the template that it is written by, None for a library call; `bound` says what the device would wait for.
+    """
 
     name: str
+    kernel: str | None
     count: int
     ops: tuple[str, ...]
     moved: float
     computed: float
+    seconds: float
+    bound: str
     share: float
     source: str | None
 
@@ -55,32 +66,66 @@ def rows(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof) -> list[
     }
     times = {name: roof.seconds(*moved) for name, moved in numbers.items()}
     total = sum(times.values()) or 1.0
-    made = [
-        Row(name, len(found), found[0].ops, *numbers[name], times[name] / total,
-            found[0].kernel.source if isinstance(found[0], GroupReport) else None)
-        for name, found in groups.items()
-    ]  # fmt: skip
+    made = []
+    for name, found in groups.items():
+        (moved, computed), first = numbers[name], found[0]
+        kernel = first.kernel if isinstance(first, GroupReport) else None
+        made.append(
+            Row(
+                name=name,
+                kernel=kernel.template if kernel else None,
+                count=len(found),
+                ops=first.ops,
+                moved=moved,
+                computed=computed,
+                seconds=times[name],
+                bound=roof.bound(moved, computed),
+                share=times[name] / total,
+                source=kernel.source if kernel else None,
+            )
+        )
     return sorted(made, key=lambda row: -row.share)
+
+
+def _shown(found: list[Row], source: str | None) -> list[Row]:
+    """The kernels whose source is asked for: by a name's beginning, or all; raises PlanError when there is none."""
+    written = [row for row in found if row.source]
+    if source is None:
+        return []
+    chosen = [row for row in written if source == "all" or row.name.startswith(source)]
+    if not chosen:
+        names = [row.name for row in written]
+        raise PlanError.of(
+            "unknown_kernel",
+            f"no kernel's name begins with {source!r}",
+            notes=(f"the kernels are {', '.join(names) or 'none: all are library calls'}",),
+            help=did_you_mean(source, names) or ("say all for every source",),
+        )
+    return chosen
 
 
 def _number(expr: sympy.Expr, at: Mapping[sympy.Symbol, int]) -> float:
     return float(sympy.sympify(expr).subs(at))
 
 
-def lowered_json(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof) -> dict[str, Any]:
-    """Plain data of the report."""
+def lowered_json(
+    lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof, source: str | None = None
+) -> dict[str, Any]:
+    """Plain data of the report; `source` adds the sources of the kernels whose names begin so, or of all."""
     found = rows(lowered, sizes, roof)
+    shown = {row.name: row.source for row in _shown(found, source)}
     return {
         "mode": lowered.lowered.mode,
         "at": dict(sizes),
         "roof": {"device": roof.name, "bytes_per_second": roof.bandwidth, "flops_per_second": roof.flops},
         "launches": sum(row.count for row in found),
         "rows": [{key: value for key, value in vars(row).items() if key != "source"} for row in found],
+        **({"sources": shown} if shown else {}),
     }
 
 
 def lowered_page(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof, source: str | None = None) -> Page:
-    """The report as a page; `source` names a kernel whose source is added."""
+    """The report as a page; `source` begins the names of kernels whose sources are added, or is "all"."""
     found = rows(lowered, sizes, roof)
     page = Page()
     kernels = sum(row.count for row in found if row.source)
@@ -91,10 +136,10 @@ def lowered_page(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof, 
     page.row("roofline", f"{roof.name}: at least {bound * 1e6:,.1f} us a call")
     for row in found:
         page.title(row.name, f"{row.count} x {' '.join(row.ops)}")
-        page.row("moves", f"{row.moved:,.0f} bytes, {row.computed:,.0f} FLOPs, {row.share:.1%} of the roofline's time")
-    if source is not None:
-        for row in found:
-            if row.source and row.name.startswith(source):
-                page.title(row.name, "source")
-                page.lines += [("", line, "") for line in row.source.splitlines()]
+        page.row("kernel", row.kernel or "library call")
+        page.row("moves", f"{row.moved:,.0f} bytes, {row.computed:,.0f} FLOPs")
+        page.row("roofline", f"{row.share:.1%} of the time: at least {row.seconds * 1e6:,.1f} us, by {row.bound}")
+    for row in _shown(found, source):
+        page.title(row.name, "source")
+        page.lines += [("", line, "") for line in (row.source or "").splitlines()]
     return page

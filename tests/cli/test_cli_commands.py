@@ -153,6 +153,33 @@ def test_explain_json_and_graph(checkpoint: Path) -> None:
     assert call("explain", checkpoint, "--graph").stdout.startswith("graphopt ")
 
 
+def test_explain_lowered(checkpoint: Path) -> None:
+    """Every kernel and library call with its template, bytes, FLOPs and least time; sources when they are asked for."""
+    found = data("explain", checkpoint, "--lowered", "--at", "B=2,S=1")
+    assert found["mode"] == "Triton kernels"
+    assert found["at"] == {"B": 2, "S": 1}
+    assert "sources" not in found
+    roof = found["roof"]
+    for row in found["rows"]:
+        times = {"bytes": row["moved"] / roof["bytes_per_second"], "flops": row["computed"] / roof["flops_per_second"]}
+        assert row["seconds"] == pytest.approx(max(times.values()))
+        assert row["seconds"] == pytest.approx(times[row["bound"]])
+        assert row["ops"]
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(1.0)
+    weights = next(row for row in found["rows"] if row["kernel"] == "gemm")
+    assert weights["bound"] == "bytes"
+    page = call("explain", checkpoint, "--lowered", "--at", "B=2,S=1", "--source", "gemm").stdout
+    assert f"{weights['moved']:,.0f} bytes, {weights['computed']:,.0f} FLOPs" in page
+    assert "@triton.jit" in page
+    every = data("explain", checkpoint, "--lowered", "--at", "B=2,S=1", "--source", "all")["sources"]
+    assert set(every) == {row["name"] for row in found["rows"] if row["kernel"]}
+    assert all("def launch(" in source for source in every.values())
+    refused = call("explain", checkpoint, "--lowered", "--source", "gemmm", code=1).stderr
+    assert "no kernel's name begins with 'gemmm'" in refused
+    assert "gemv_" in refused
+    assert "B, S" in call("explain", checkpoint, "--lowered", "--at", "B=2", code=2).stderr
+
+
 def test_passes_are_listed_and_explained() -> None:
     assert "prune_neurons" in call("passes").stdout
     assert "prune_neurons" in data("passes")
