@@ -138,7 +138,7 @@ def lowered_page(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof, 
         page.title(row.name, f"{row.count} x {' '.join(row.ops)}")
         page.row("kernel", row.kernel or "library call")
         page.row("moves", f"{row.moved:,.0f} bytes, {row.computed:,.0f} FLOPs")
-        page.row("roofline", f"{row.share:.1%} of the time: at least {row.seconds * 1e6:,.1f} us, by {row.bound}")
+        page.row("least", f"{row.seconds * 1e6:,.1f} us by {row.bound}, {row.share:.1%} of the roofline's time")
     for row in _shown(found, source):
         page.title(row.name, "source")
         page.lines += [("", line, "") for line in (row.source or "").splitlines()]
