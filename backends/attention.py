@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.backends.emit import VIEWS, Emitter, packet
-from graphopt.backends.index import ZERO, Index, Unfusable, linear, same, text_of
+from graphopt.backends.emit import DEQUANTISE, JOINS, RESHAPES, VIEWS, Emitter, Value, aten, packet
+from graphopt.backends.index import ZERO, Index, Unfusable, linear, reshape, same, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
 from graphopt.backends.loops import spread
-from graphopt.backends.pointwise import SIGNATURE, TRITON
+from graphopt.backends.pointwise import CASTS, SIGNATURE, TRITON
 from graphopt.ops import attention, bounded_attention, cached_attention, heavy_weights, held_attention
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,9 +61,9 @@ class AttentionEmitter(Emitter):
     loop_of = {"t_down": "t"}
     extras: tuple[tuple[str, str], ...] = ()  # arguments beside inputs and outputs, with their types
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, inside: Sequence[fx.Node] = ()) -> None:
         axes = ("m", "t", "t_down", "d", "d_down", "e")
-        super().__init__([node], {axis: f"{axis}_in" for axis in axes})
+        super().__init__([node, *inside], {axis: f"{axis}_in" for axis in axes})
         self.node = node
         self.given = given = operands(node)
         self.q, self.k, self.v = given["q"], given.get("keys", given["k"]), given.get("values", given.get("v"))
@@ -250,10 +250,62 @@ class AttentionEmitter(Emitter):
         """Block sizes over keys and features."""
         return {"TBLOCK": 64, "DBLOCK": power(self.features), "EBLOCK": power(self.width)}
 
-    def result(self) -> str:
-        """Where a row's result goes."""
-        indices = [self.b, self.h, self.row, self.index("e", self.width)]
-        return spread(linear(indices, self.sizes(self.node)), "m")
+    def known(self) -> list[Index]:
+        """The coordinates of a tile's result."""
+        return [self.b, self.h, self.row, self.index("e", self.width)]
+
+    def write(self, node: fx.Node, indices: list[Index], guard: Index | None) -> Value:
+        """What stands behind the attention reads the tile's result."""
+        if node is not self.node:
+            return super().write(node, indices, guard)
+        if [i.text for i in indices] != [i.text for i in self.known()]:
+            raise Unfusable("attention that is read at other coordinates than it is stored")
+        return Value("result", node.meta["val"].dtype, frozenset({"m", "e"}))
+
+    def stores(self, outputs: Sequence[fx.Node], names: Sequence[str]) -> list[str]:
+        """Lines that compute and store what a group gives, from the tile's result."""
+        self.blocks[0].memo.clear()
+        stored = []
+        for node, name in zip(outputs, names, strict=True):
+            indices = self.coordinates(node)
+            value = self.value(node, indices)
+            contiguous = node.meta["val"].is_contiguous()
+            offset = linear(indices, self.sizes(node)) if contiguous else self.offset(node, name, indices)
+            text = value.read(node.meta["val"].dtype)
+            stored.append(f"tl.store({name} + {spread(offset, 'm')}, {text}, mask=m_in & e_in)")
+        lines, self.blocks[0].lines = self.blocks[0].lines, []
+        return [*lines, *stored]
+
+    def coordinates(self, node: fx.Node) -> list[Index]:
+        """The tile's coordinates in what is computed from the attention, element by element."""
+        if node is self.node:
+            return self.known()
+        sources = [n for n in node.all_input_nodes if self.behind(n)]
+        if not sources:
+            raise Unfusable("a result that does not stand behind the attention")
+        before, after = self.sizes(sources[0]), self.sizes(node)
+        indices, kind = self.coordinates(sources[0]), packet(node)
+        if kind in RESHAPES:
+            return reshape(indices, before, after)
+        if kind in (aten.permute, aten.transpose):
+            order = list(range(len(before)))
+            if kind is aten.permute:
+                order = [int(axis) % len(order) for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
+            else:
+                a, b = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[arg-type]
+                order[a], order[b] = order[b], order[a]
+            return [indices[axis] for axis in order]
+        if node not in self.inside or len(before) != len(after) or not all(map(same, before, after)):
+            raise Unfusable("a result of another shape than what it is computed from")
+        return indices
+
+    def behind(self, node: fx.Node) -> bool:
+        """Whether a node of the group, or a view, is computed from the attention."""
+        if node is self.node:
+            return True
+        if node not in self.inside and packet(node) not in VIEWS:
+            return False
+        return any(map(self.behind, node.all_input_nodes))
 
     def exact(self) -> str:
         """What products of float32 tiles are asked for: no shortened mantissas."""
@@ -272,28 +324,59 @@ def power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
-    """The kernel of one attention; raises Unfusable when other nodes are to join it."""
-    if len(nodes) != 1 or list(outputs) != list(nodes):
+def check(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Node:
+    """The attention of a group; raises Unfusable where what comes before it is more than its loads should compute."""
+    cores = [node for node in nodes if node.target in CORES]
+    if len(cores) != 1:
+        raise Unfusable("attentions stand apart")
+    (core,) = cores
+    if len(nodes) > 1 and core.target in (heavy_weights, bounded_attention):
         raise Unfusable("attention stands alone")
-    node = nodes[0]
+    given = operands(core)
+    loaded = _sources([given.get(name) for name in ("q", "k", "v")], nodes)
+    if any(packet(node) not in (DEQUANTISE, *JOINS, *CASTS) for node in loaded):
+        raise Unfusable("a computation that every block of an attention would repeat")
+    free = loaded | _sources([given.get("mask")], nodes)
+    others = [given[name] for name in given if name not in ("q", "k", "v", "mask")]
+    if _sources(others, nodes) - free or any(node in free for node in outputs):
+        raise Unfusable("what an attention reads is stored")
+    return core
+
+
+def _sources(starts: Sequence[Any], nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes of a group that some operands are computed from, found through views."""
+    found: set[fx.Node] = set()
+    stack = [node for node in starts if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            found.add(node)
+        if node in nodes or packet(node) in VIEWS:
+            stack += node.all_input_nodes
+    return found
+
+
+def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
+    """The kernel of one attention with masks and unpacking before it, and pointwise results behind; else raises Unfusable."""
+    node = check(nodes, outputs)
     if node.target is not attention:
         from graphopt.backends import held
 
         if node.target is heavy_weights:
             return held.build_weights(node)
         if node.target is held_attention and node.args[8] is not None:
-            return held.build_weighed(node)
+            return held.build_weighed(node, nodes, outputs)
     if node.target in (cached_attention, held_attention) or (
         node.target is attention and same(node.args[0].meta["val"].shape[2], 1)  # type: ignore[union-attr]
     ):
         from graphopt.backends.decode import build_split
 
-        return build_split(node)
-    e = AttentionEmitter(node) if node.target is attention else held.BoundedEmitter(node)
+        return build_split(node, nodes, outputs)
+    e = AttentionEmitter(node, nodes) if node.target is attention else held.BoundedEmitter(node)
     bounds = e.bounds()
     before, loop, after = e.body()
     signature = Signature(e, outputs)
+    stores = e.stores(outputs, signature.out_names)
     extras = [name for name, _ in e.extras]
     tile = {"MBLOCK": 64, **e.tile()}
     body = [
@@ -309,7 +392,7 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
         *e.walk(loop),
         *after,
         "result = acc / tl.where(total == 0.0, 1.0, total)",
-        f"tl.store(out0 + {e.result()}, result, mask=m_in & e_in)",
+        *stores,
     ]
     names = [*tile, "DOT"]
     text = kernel_text("kernel", [*signature.names, *extras, *(f"{n}: tl.constexpr" for n in names)], body)
@@ -318,7 +401,7 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     dot = SIGNATURE[e.q.meta["val"].dtype]
     entry = Entry("kernel", (*signature.types(), *e.extras), (*tile.items(), ("DOT", dot)), 4)
     call = [*e.preparing(), *call_text(f"kernel[{grid}]", arguments)]
-    return finish(e, signature, [text], call, tile, [entry], "attention")
+    return finish(e, signature, [text], call, tile, [entry], "attention", nodes, outputs)
 
 
 def finish(
@@ -329,10 +412,13 @@ def finish(
     tile: dict[str, Any],
     entries: list[Entry],
     template: str,
+    nodes: Sequence[fx.Node] = (),
+    outputs: Sequence[fx.Node] = (),
 ) -> Kernel:
-    """The kernel of what was written."""
+    """The kernel of what was written; of the attention alone where no nodes are given."""
+    nodes, outputs = nodes or [e.node], outputs or [e.node]
     dot = TRITON[e.q.meta["val"].dtype]
     defaults = f"*, {', '.join(f'{k}={v}' for k, v in tile.items())}, DOT={dot}, num_warps=4"
     launch, scalars = signature.launch(call, defaults)
-    source = assemble(describe([e.node], e, [e.node]), e.helper_sources(), functions, launch)
-    return Kernel(template, source, tuple(e.inputs), scalars, (e.node,), tuple(entries), frozenset({e.node}))
+    source = assemble(describe(nodes, e, outputs), e.helper_sources(), functions, launch)
+    return Kernel(template, source, tuple(e.inputs), scalars, tuple(outputs), tuple(entries), frozenset(nodes))

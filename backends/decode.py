@@ -6,7 +6,7 @@ One program takes a tile of rows: all queries of all heads that share one KV hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -27,8 +27,8 @@ class StepEmitter(AttentionEmitter):
 
     scratch: tuple[str, ...] = ()  # what a part keeps beside its maximum, its total and its sums
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: fx.Node, inside: Sequence[fx.Node] = ()) -> None:
+        super().__init__(node, inside)
         self.new = Index("(t - held)", frozenset("t"))
         self.is_new = Index(f"(t >= held) & (t < held + {text_of(self.queries)})", frozenset("t"))
 
@@ -62,8 +62,8 @@ class StepEmitter(AttentionEmitter):
 class CachedEmitter(StepEmitter):
     """Attention over a cache that grows: the new entries are written behind the committed ones."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: fx.Node, inside: Sequence[fx.Node] = ()) -> None:
+        super().__init__(node, inside)
         self.written_inputs = {self.k, self.v}
 
     def bounds(self) -> list[str]:
@@ -95,14 +95,14 @@ class CachedEmitter(StepEmitter):
         return Index("place", frozenset("t"))
 
 
-def build_split(node: fx.Node) -> Kernel:
-    """The kernels of attention with one query, or over a cache."""
-    e = _emitter(node)
+def build_split(node: fx.Node, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
+    """The kernels of attention with one query, or over a cache; what stands behind it is computed where parts are joined."""
+    e = _emitter(node, nodes)
     bounds = e.bounds()
     before, loop, after = e.body()
-    out = e.result()
     write = _write(e) if isinstance(e, CachedEmitter) else []
-    signature = Signature(e, [node])
+    signature = Signature(e, outputs)
+    stores = e.stores(outputs, signature.out_names)
     rows = str(e.group) if same(e.queries, 1) else f"({e.group} * {text_of(e.queries)})"
     # With more keys at a time the masks of a cache take registers that the sums need.
     tile = {"SPLITS": SPLITS, **e.tile(), "TBLOCK": 32}
@@ -118,10 +118,11 @@ def build_split(node: fx.Node) -> Kernel:
     names = [*signature.names, *scratch]
     blocks = ["MBLOCK", *tile, "DOT"]
     kernel = kernel_text("kernel", [*names, *(f"{n}: tl.constexpr" for n in blocks)], body)
+    joined = _joined(e, place, after, stores)
     joins = ["MBLOCK", "SPLITS", "EBLOCK", *(["DBLOCK"] if len(scratch) > len(SCRATCH) else [])]
     join = kernel_text(
         "join", [*names, *(f"{n}: tl.constexpr" for n in joins)],
-        [*head, "e = tl.arange(0, EBLOCK)[None, :]", f"e_in = e < {e.width}", *_joined(e, place, after, out)],
+        [*head, "e = tl.arange(0, EBLOCK)[None, :]", f"e_in = e < {e.width}", *joined],
     )  # fmt: skip
     grid = f"{text_of(e.batch)} * {e.kv_heads}, triton.cdiv({rows}, MBLOCK)"
     device = next(iter(e.inputs.values()))
@@ -158,17 +159,17 @@ def build_split(node: fx.Node) -> Kernel:
     call += call_text(f"join[({grid})]", f"{passed}, {', '.join(f'{n}={n}' for n in joins)}")
     entries.append(Entry("kernel", types, (*sizes.items(), ("DOT", dot))))
     entries.append(Entry("join", types, tuple((n, sizes[n]) for n in joins)))
-    return finish(e, signature, functions, call, tile, entries, template_of(node))
+    return finish(e, signature, functions, call, tile, entries, template_of(node), nodes, outputs)
 
 
-def _emitter(node: fx.Node) -> AttentionEmitter:
+def _emitter(node: fx.Node, nodes: Sequence[fx.Node]) -> AttentionEmitter:
     if node.target is attention:
-        return AttentionEmitter(node)
+        return AttentionEmitter(node, nodes)
     if node.target is cached_attention:
-        return CachedEmitter(node)
+        return CachedEmitter(node, nodes)
     from graphopt.backends.held import HeldEmitter
 
-    return HeldEmitter(node)
+    return HeldEmitter(node, nodes)
 
 
 def template_of(node: fx.Node) -> str:
@@ -176,7 +177,7 @@ def template_of(node: fx.Node) -> str:
     return "decode_attention" if node.target is attention else node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
 
 
-def _joined(e: AttentionEmitter, place: str, after: list[str], out: str) -> list[str]:
+def _joined(e: AttentionEmitter, place: str, after: list[str], stores: list[str]) -> list[str]:
     """One row's parts, weighed by what each saw; sinks take their mass here, once."""
     return [
         "splits = tl.arange(0, SPLITS)[None, :]",
@@ -193,7 +194,7 @@ def _joined(e: AttentionEmitter, place: str, after: list[str], out: str) -> list
         *e.joined(),
         *after,
         "result = acc / tl.where(total == 0.0, 1.0, total)",
-        f"tl.store(out0 + {out}, result, mask=m_in & e_in)",
+        *stores,
     ]
 
 

@@ -6,7 +6,7 @@ length. What an entry's place in the text is follows from its slot (`graphopt.op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -34,8 +34,8 @@ def is_bounded(node: fx.Node) -> bool:
 class HeldEmitter(StepEmitter):
     """Slots 0 .. held - 1 of a bounded head, then the new entries; `place` is where in the text a key stands."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: fx.Node, inside: Sequence[fx.Node] = ()) -> None:
+        super().__init__(node, inside)
         self.sink, self.recent = self.given["sink"], self.given["recent"]
         self.turned = self.given.get("renumbered")
         self.kept_half |= {base(self.given.get(name)) for name in ("k", "v")} - {None}
@@ -157,8 +157,8 @@ class BoundedEmitter(AttentionEmitter):
     Blocks of keys that lie between the two are skipped where places are those of the text; with padding they are counted.
     """
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: fx.Node, inside: Sequence[fx.Node] = ()) -> None:
+        super().__init__(node, inside)
         if not same(self.queries, self.keys):
             raise Unfusable("a bounded attention of other queries than keys")
         self.sink, self.recent = self.given["sink"], self.given["recent"]
@@ -249,9 +249,9 @@ def turned_lines(e: AttentionEmitter, turned: fx.Node | None) -> list[str]:
     return lines
 
 
-def build_weighed(node: fx.Node) -> Kernel:
+def build_weighed(node: fx.Node, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     """The kernel of attention with given weights: a product of them with the values."""
-    e = WeighedEmitter(node)
+    e = WeighedEmitter(node, nodes)
     feature = e.index("e", e.width)
     bounds = e.bounds()
     with e.loop("t") as loop:
@@ -259,12 +259,13 @@ def build_weighed(node: fx.Node) -> Kernel:
         weights = e.read(e.given["weights"], indices, "[MBLOCK, TBLOCK]")
         values = e.value_tile(Index("t_down", frozenset({"t_down"})), feature)
         loop.lines.append(f"acc += tl.dot({weights}.to(DOT), {values}{e.exact()})")
-    body = [*bounds, "acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)", *e.walk(loop.lines),
-            f"tl.store(out0 + {e.result()}, acc, mask=m_in & e_in)"]  # fmt: skip
+    lines = ["acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)", *e.walk(loop.lines), "result = acc"]
+    lines += e.stores(outputs, [f"out{i}" for i in range(len(outputs))])
+    body = [*bounds, *lines]
     # There is one tile of rows for a KV head: features are split over programs instead.
     tile = {"MBLOCK": 16, "TBLOCK": 64, "EBLOCK": 32}
     start = ["e = tl.program_id(2) * EBLOCK + tl.arange(0, EBLOCK)[None, :]", f"e_in = e < {text_of(e.width)}"]
-    return _by_tiles(e, [*start, *body], tile, f", triton.cdiv({e.width}, EBLOCK)", "weighed_attention")
+    return _by_tiles(e, [*start, *body], tile, f", triton.cdiv({e.width}, EBLOCK)", "weighed_attention", nodes, outputs)
 
 
 def build_weights(node: fx.Node) -> Kernel:
@@ -301,12 +302,20 @@ def build_weights(node: fx.Node) -> Kernel:
         e.blocks[0].lines = []
     tile = {"MBLOCK": 16, **e.tile(), "TBLOCK": 32}
     body = [*e.feature_lines()[:4], *bounds, *before, *start, *walks[0], *walks[1]]
-    return _by_tiles(e, body, {k: v for k, v in tile.items() if k != "EBLOCK"}, "", "heavy_weights")
+    return _by_tiles(e, body, {k: v for k, v in tile.items() if k != "EBLOCK"}, "", "heavy_weights", [node], [node])
 
 
-def _by_tiles(e: WeighedEmitter, body: list[str], tile: dict[str, int], more: str, template: str) -> Kernel:
+def _by_tiles(
+    e: WeighedEmitter,
+    body: list[str],
+    tile: dict[str, int],
+    more: str,
+    template: str,
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+) -> Kernel:
     """A kernel with one program for a tile of rows of a KV head, and what `more` of a grid says."""
-    signature = Signature(e, [e.node])
+    signature = Signature(e, outputs)
     rows = str(e.group) if same(e.queries, 1) else f"({e.group} * {text_of(e.queries)})"
     head = [f"b = tl.program_id(0) // {e.kv_heads}", f"kv = tl.program_id(0) % {e.kv_heads}",
             "m = tl.program_id(1) * MBLOCK + tl.arange(0, MBLOCK)[:, None]", f"m_in = m < {rows}"]  # fmt: skip
@@ -316,4 +325,4 @@ def _by_tiles(e: WeighedEmitter, body: list[str], tile: dict[str, int], more: st
     passed = ", ".join([*signature.names, *(f"{n}={n}" for n in names), "num_warps=num_warps"])
     kind = SIGNATURE[e.q.meta["val"].dtype]
     entry = Entry("kernel", signature.types(), (*tile.items(), ("DOT", kind)), 4)
-    return finish(e, signature, [text], call_text(f"kernel[{grid}]", passed), tile, [entry], template)
+    return finish(e, signature, [text], call_text(f"kernel[{grid}]", passed), tile, [entry], template, nodes, outputs)
