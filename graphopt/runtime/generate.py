@@ -70,7 +70,7 @@ def generate(
     have ended. `stream` sees each step's tokens `[B]`. `context` are the program's other inputs. Raises PlanError for a
     program without tokens, logits or (when needed) padding, and ValueError for numbers out of range.
     """
-    _check(input_ids, padding, max_new_tokens, stop, decode)
+    _check(input_ids, padding, max_new_tokens, bool(stop) and decode is None)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     ids = input_ids.to("cpu", torch.long)
     mask = torch.ones_like(ids) if padding is None else padding.to("cpu", torch.long)
@@ -234,13 +234,7 @@ def _source(
     return _Stateless(run, mask, count, names, context)
 
 
-def _check(
-    ids: torch.Tensor,
-    padding: torch.Tensor | None,
-    count: int,
-    stop: Sequence[str],
-    decode: Callable[[list[int]], str] | None,
-) -> None:
+def _check(ids: torch.Tensor, padding: torch.Tensor | None, count: int, unreadable: bool) -> None:
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"prompts are [B, S] with at least one token, not {list(ids.shape)}")
     if padding is not None:
@@ -250,5 +244,5 @@ def _check(
             raise ValueError("prompts are padded on the left: zeros, then ones up to the end")
     if count < 0:
         raise ValueError("max_new_tokens is at least 0")
-    if stop and decode is None:
+    if unreadable:
         raise ValueError("stop strings need decode, which turns tokens into text; at least one was given")
