@@ -231,6 +231,29 @@ def test_goodput_finds_out_when_speculation_begins_to_pay_and_stops_when_it_no_l
     assert used[50:].count(1) > 140
 
 
+def test_goodput_tries_a_drafter_that_takes_twice_what_it_gives_only_once() -> None:
+    control, tried = Goodput((4, 8)), 0
+    for _ in range(300):
+        plain = control.pause()
+        rows = 1 if plain else control.budget()
+        tried += rows > 1
+        control.told(Event(1, 1, 0, 1.0) if rows == 1 else Event(rows, 2, 1, 9.0, 6.0), min(plain, 3) or 1)
+    assert tried == 1
+
+
+def test_goodput_judges_a_drafter_that_seldom_drafts_by_its_drafts() -> None:
+    control, used = Goodput((4,)), list[int]()
+    for step in range(400):
+        plain = control.pause()
+        rows = 1 if plain or step % 5 else control.budget()
+        if not plain and step % 5:
+            control.budget()
+        used.append(0 if plain else 4)
+        control.told(Event(1, 1, 0, 1.0, 0.01) if rows == 1 else Event(4, 3, 2, 2.0, 0.01))
+    assert control.best() == 4
+    assert all(used[50:])
+
+
 def test_goodput_takes_an_interruption_for_none_of_the_budget_s_doing() -> None:
     control = Goodput((8,))
     for step in range(200):

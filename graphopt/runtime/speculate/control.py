@@ -68,9 +68,10 @@ class Goodput:
     step when what the step is expected to lose to the best is in the purse. The purse begins with `start` plain steps,
     gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of the time
     and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. The
-    first trial of a budget has two steps, because the first one may warm something up, and is expected to cost what its
-    rows do, as far as two other budgets tell. Budget 1 is always among them: plain decoding then costs what it costs
-    without speculation. What is learnt stays for the next sequence.
+    first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
+    twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
+    among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
+    for no budget. What is learnt stays for the next sequence.
     """
 
     def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 16) -> None:
@@ -82,6 +83,7 @@ class Goodput:
         self._count = self._ask = 0
         self._purse = 0.0
         self._now = self._best = 1
+        self._again = 0
 
     @property
     def most(self) -> int:
@@ -117,31 +119,40 @@ class Goodput:
         """Count the steps among their budget's, and pay for one that was a trial."""
         now, steps = self._now, self._steps[self._now]
         seconds = max(event.seconds, 1e-9)
-        steps.append((seconds, event.emitted))
         self._count += count
         self._last[now] = self._count
+        if event.rows == 1 < now:
+            # A drafter that found nothing to propose tells nothing of what its drafts are worth.
+            self._purse -= event.drafting if now != self._best else 0.0
+            return
+        steps.append((seconds, event.emitted))
         if now == self._best:
             self._purse += self.share * seconds * count
-        elif len(steps) == 2:
+        elif now == self._again:
+            self._again = 0
             self._pay(2 * min(steps)[0], steps[0][1] + event.emitted)
-        elif len(steps) > 2:
+        elif len(steps) == 1 and event.drafting < (2 * event.emitted - 1) * self._means[1][0]:
+            self._again = now
+        else:
             # Rows cost at most a plain step each; what verifying takes above that is an interruption.
-            verifying = min(seconds - event.drafting, now * self._means[1][0])
-            self._pay(event.drafting + verifying, event.emitted)
-        if len(steps) > 1:
+            cost = event.drafting + min(seconds - event.drafting, now * self._means[1][0])
+            self._pay(cost, event.emitted)
+            if len(steps) == 1:
+                steps[0] = (cost, event.emitted)
+        if now != self._again and (now > 1 or len(steps) > 1):
             if 1 not in self._means:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)
             self._best = min(self._means, key=lambda b: self._means[b][0] / self._means[b][1])
 
     def _next(self) -> int:
-        """The budget to try next: the one that had a single step, else the one whose last step is longest ago."""
+        """The budget to try next: the one that had half of its first trial, else the one whose last step is longest ago."""
         others = (budget for budget in self.budgets if budget != self._best)
-        return max(others, key=lambda budget: (len(self._steps[budget]) == 1, -self._last[budget]))
+        return self._again or min(others, key=lambda budget: self._last[budget])
 
     def _short(self, trial: int) -> float:
         """Seconds that the purse lacks for a trial."""
-        return 0.0 if len(self._steps[trial]) == 1 else self._loss(trial) - self._purse
+        return 0.0 if trial == self._again else self._loss(trial) - self._purse
 
     def _pay(self, seconds: float, tokens: int) -> None:
         best_seconds, best_tokens = self._means[self._best]
