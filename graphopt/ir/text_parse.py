@@ -71,7 +71,7 @@ PYTHON_OPS = {
     },
 }  # fmt: skip
 # Private aten kernels skip bounds checks that their public fronts make; these are the ones that captures need.
-_PRIVATE = {"_to_copy", "_softmax", "_log_softmax", "_unsafe_view", "_grouped_mm", "_scaled_grouped_mm"}
+_PRIVATE = {"_to_copy", "_softmax", "_log_softmax", "_unsafe_view", "_grouped_mm", "_scaled_grouped_mm", "_weight_norm"}
 # The one op that writes into an argument: into inputs that the caller gave for it.
 _WRITERS = {torch.ops.graphopt.cached_attention.default}
 # Strings select a variant of an op and never name a file (aten::from_file does).

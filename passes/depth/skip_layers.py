@@ -209,10 +209,17 @@ def _kept_by_others(parts: tuple[SubLayer, ...]) -> str | None:
     """Why sub-layers would stay although the stream passes them by: others read what they make on the way."""
     from torch import SymInt
 
+    from graphopt.views.trace import reachable
+
     inside, ends = {node for part in parts for node in part.nodes}, {part.exit for part in parts}
+
+    def onward(node: fx.Node) -> list[fx.Node]:
+        return [
+            user for user in node.users if user not in inside and not isinstance(user.meta.get("val"), int | SymInt)
+        ]
+
     for part in parts:
         for node in part.nodes:
-            outside = [user for user in node.users if user not in inside and "val" in user.meta]
-            if node not in ends and any(not isinstance(user.meta["val"], int | SymInt) for user in outside):
+            if node not in ends and any(found.op == "output" for found in reachable(onward(node), onward)):
                 return f"other layers read %{node.name} of it, so that it would have to stay"
     return None
