@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +34,45 @@ class Resources:
         return dict(vars(self))
 
 
-def compile_ahead(kernel: Kernel, target: str) -> list[Resources]:
-    """Compile every function of a kernel for `target`; raises PlanError for a target that is not known."""
+def compile_ahead(kernel: Kernel, target: str, choice: Mapping[str, int] | None = None) -> list[Resources]:
+    """Compile every function of a kernel for `target`; raises PlanError for a target that is not known.
+
+    `choice` gives block sizes other than the template's own, and `num_warps` of the main function.
+    """
     module = module_of(kernel.source, kernel.digest, interpret=False)
-    return [_compile(getattr(module, entry.function), entry, target) for entry in kernel.entries]
+    return [_compile(getattr(module, entry.function), _chosen(entry, choice or {}), target) for entry in kernel.entries]
+
+
+def _chosen(entry: Entry, choice: Mapping[str, int]) -> Entry:
+    constants = tuple((name, choice.get(name, value)) for name, value in entry.constants)
+    warps = choice.get("num_warps", entry.warps) if entry.function == "kernel" else entry.warps
+    return replace(entry, constants=constants, warps=warps)
+
+
+def gpu_target(target: str) -> Any:
+    """Triton's own description of a target; raises PlanError for one that is not known."""
+    from triton.backends.compiler import GPUTarget
+
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target[3:]), 32)
+    if target.startswith("gfx9"):
+        return GPUTarget("hip", target, 64)
+    raise PlanError.of("unknown_target", f"no target is called {target!r}", help=(f"say one of {', '.join(TARGETS)}",))
 
 
 def _compile(function: Any, entry: Entry, target: str) -> Resources:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1" if FP_FUSION else "0")
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if target.startswith("sm_"):
-        device = GPUTarget("cuda", int(target[3:]), 32)
-    elif target.startswith("gfx9"):
-        device = GPUTarget("hip", target, 64)
-    else:
-        raise PlanError.of(
-            "unknown_target", f"no target is called {target!r}", help=(f"say one of {', '.join(TARGETS)}",)
-        )
     constants = {name: tl.dtype(value) if isinstance(value, str) else value for name, value in entry.constants}
     signature = {**dict(entry.signature), **dict.fromkeys(constants, "constexpr")}
     # Pointers of torch's allocator are aligned to 16 bytes; Triton's launcher says the same of them.
     names = function.arg_names
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in entry.signature if kind.startswith("*")}
     source = ASTSource(function, signature, constants, aligned)
-    made = triton.compile(source, target=device, options={"num_warps": entry.warps})
+    made = triton.compile(source, target=gpu_target(target), options={"num_warps": entry.warps})
     registers, spilled = _nvidia(made.asm["cubin"]) if "cubin" in made.asm else _amd(made.asm["amdgcn"])
     return Resources(target, entry.function, registers, spilled, int(made.metadata.shared))
 

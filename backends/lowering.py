@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.backends import attention, experts, loops, products
+from graphopt.backends.autotune import Tuner, device_name, tuned
 from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
@@ -27,6 +28,7 @@ class Options:
     """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU.
 
     `products`: "auto" generates matrix products with few rows, "triton" all, "library" none. `spec` is the Dynamo door's.
+    `tune` chooses block sizes by time on the device, when arguments of new sizes come.
     """
 
     interpret: bool = False
@@ -36,6 +38,7 @@ class Options:
     report: Any = None
     target: str | None = None
     spec: Any = None
+    tune: bool = False
 
     @classmethod
     def of(cls, options: dict[str, Any] | None) -> Options:
@@ -48,6 +51,10 @@ class Options:
                 "unknown_option", f"unknown option {unknown[0]!r}", help=(f"the options are {', '.join(known)}",)
             )
         made = cls(**given)
+        if made.tune and made.interpret:
+            raise PlanError.of(
+                "tuned_interpreter", "interpreted kernels have no times to choose by", help=("leave tune out",)
+            )
         for name, allowed in (
             ("cpu", ("eager", "inductor")),
             ("backward", ("eager", "inductor")),
@@ -131,7 +138,7 @@ def lower_graph(graph: fx.GraphModule, target: str, options: Options) -> Lowered
         return Lowered(graph.forward, target, "eager library calls", library=library_calls(graph), calls=calls)
     share_factors(graph.graph)
     parts = Partition(graph.graph, build, options.template)
-    lowered = fx.GraphModule(graph, rebuild(graph.graph, parts, options.interpret))
+    lowered = fx.GraphModule(graph, rebuild(graph.graph, parts, options))
     mode = "Triton kernels, interpreted" if options.interpret else "Triton kernels"
     groups = [GroupReport.of(group) for group in parts.groups]
     calls = library_reports(graph.graph, parts.home.keys())
@@ -150,9 +157,10 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
     return loops.build(nodes, outputs)
 
 
-def rebuild(graph: fx.Graph, parts: Partition, interpret: bool) -> fx.Graph:
+def rebuild(graph: fx.Graph, parts: Partition, options: Options) -> fx.Graph:
     """The graph with each group as one call of its kernel; what writes or draws random numbers keeps its place."""
     made = fx.Graph()
+    tuner = Tuner(device_name()) if options.tune else None
     mapping: dict[fx.Node, fx.Node] = {}
 
     def emit(node: fx.Node) -> fx.Node:
@@ -176,8 +184,9 @@ def rebuild(graph: fx.Graph, parts: Partition, interpret: bool) -> fx.Graph:
                 arguments.append(emit(scalar))
             else:
                 arguments.append(made.call_function(torch.ops.aten.sym_size.int, (emit(scalar[0]), scalar[1])))
-        run = callable_of(kernel, interpret)
+        run = callable_of(kernel, options.interpret) if tuner is None else tuned(kernel, tuner)
         call = made.call_function(run, tuple(arguments))
+        call.meta |= {"kernel": kernel, "tuned": options.tune}
         call.name = f"{kernel.template}_{kernel.digest[:6]}_{len(made.nodes)}"
         for position, output in enumerate(kernel.outputs):
             mapping[output] = call

@@ -1,0 +1,97 @@
+"""Bundles: a second process has everything that it runs, and refuses what was not made for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphopt.backends import lower
+from graphopt.backends.bundle import load_bundle, save_bundle
+from graphopt.diagnostics import PlanError
+from tests.backends.test_replay import cached
+from tests.tiny import program
+
+SIZES = {"B": 1, "S": 1, "C": 32}
+SECOND = """
+import sys
+from pathlib import Path
+import triton
+from triton.compiler import ASTSource
+from graphopt.backends import lowering, programs
+from graphopt.backends.bundle import compile_all, load_bundle
+from tests.backends.test_replay import cached
+
+def never(*_, **__):
+    raise AssertionError("something is made anew")
+
+source = cached()
+programs.traced = programs.lower_graph = lowering.build = never
+ASTSource.make_ir = never
+made = load_bundle(Path(sys.argv[1]), source)
+compile_all(made, "sm_90", {"B": 1, "S": 1, "C": 32}, Path(triton.knobs.cache.dir))
+print("launches", len([n for n in made.lowered.graph.graph.nodes if "kernel" in n.meta]))
+try:
+    compile_all(made, "sm_80", {"B": 1, "S": 1, "C": 32}, Path(triton.knobs.cache.dir))
+except AssertionError:
+    print("another target is compiled")
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    made = lower(cached(), "cuda", dtype=torch.bfloat16, sizes={"B": 1, "S": 1})
+    save_bundle(made, tmp_path / "bundle", "sm_90", SIZES)
+    elsewhere = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "GRAPHOPT_CACHE": str(tmp_path / "own")}
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND, str(tmp_path / "bundle")],
+        env={**os.environ, **elsewhere, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches = len([node for node in made.lowered.graph.graph.nodes if "kernel" in node.meta])  # type: ignore[union-attr]
+    assert done.stdout.split("\n")[:2] == [f"launches {launches}", "another target is compiled"]
+
+    bundle = tmp_path / "bundle"
+    with pytest.raises(PlanError, match="another program"):
+        load_bundle(bundle, program("llama"))
+    with pytest.raises(PlanError, match="exists"):
+        save_bundle(made, bundle, "sm_90", SIZES)
+    kernel = next((bundle / "kernels").glob("*.py"))
+    kernel.write_text(kernel.read_text() + "\nimport os\n")
+    with pytest.raises(PlanError, match="was changed"):
+        load_bundle(bundle, cached())
+    said = json.loads((bundle / "bundle.json").read_text())
+    call = next(each for each in said["nodes"] if "target" in each)
+    call["target"] = "aten.os.system"
+    (bundle / "bundle.json").write_text(json.dumps(said))
+    with pytest.raises(PlanError, match="no op"):
+        load_bundle(bundle, cached())
+
+
+def test_a_loaded_bundle_computes_the_same(tmp_path: Path) -> None:
+    """The graph of a bundle is the graph that was lowered, library calls included."""
+    made = lower(cached(), "cuda", dtype=torch.float32, sizes={"B": 1, "S": 1})
+    save_bundle(made, tmp_path / "bundle", "sm_80", SIZES)
+    again = load_bundle(tmp_path / "bundle", cached())
+    first, second = made.lowered.graph, again.lowered.graph
+    assert first is not None
+    assert second is not None
+    assert [n.op for n in first.graph.nodes] == [n.op for n in second.graph.nodes]
+    for mine, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
+        assert [a.op for a in mine.all_input_nodes] == [a.op for a in other.all_input_nodes]
+        assert mine.meta.get("kernel", mine).__class__ is other.meta.get("kernel", other).__class__
+        if "kernel" in mine.meta:
+            assert mine.meta["kernel"].source == other.meta["kernel"].source
+        elif mine.op == "call_function":
+            assert mine.target == other.target
+
+
+def test_library_calls_have_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="eager library calls"):
+        save_bundle(lower(program("llama"), "cpu"), tmp_path / "bundle", "sm_90", {"B": 1, "S": 1})
