@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
@@ -23,6 +23,8 @@ from graphopt.ir.program import Program
 from graphopt.ir.run import bind_inputs, fastest
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_WRITTEN = "decoder_input_ids"
+"""transformers' name of the text that is written, where there is another one"""
 _ROLES = {"tokens": "input_ids", "padding": "attention_mask", "positions": "position_ids"}
 
 
@@ -30,7 +32,7 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     """A language model whose forward runs graph.txt; parameters have their checkpoint names, ties are one parameter.
 
     A graph with a cache (insert_cache) decodes with it; with any other, generate() runs the whole sequence again for
-    every token.
+    every token. Of a graph that writes a text about another one, inputs have their own names.
     """
 
     config_class = GraphoptConfig
@@ -53,6 +55,9 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if weight.kind != "constant":
                 _register(self, name, weight.expr.shape, _wanted(weight.expr.dtype, program, config), weight.kind)
         self._decoding = Decoding(program) if program.cached else None
+        roles = ("tokens", "padding", "values")
+        names = [spec.name for spec in program.entry.inputs if spec.role in roles and spec.name != _WRITTEN]
+        self._context = names if any(spec.name == _WRITTEN for spec in program.entry.inputs) else []
         self.generation_config.use_cache = self._decoding is not None
         self.post_init()
 
@@ -109,6 +114,9 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         else:
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
             extra = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            about = kwargs.get("about")
+            if isinstance(about, _About):
+                extra |= {**about.rows(len(input_ids)), _WRITTEN: input_ids}  # type: ignore[arg-type]
             results = self._run(named | extra)
             logits = results["logits"] if "logits" in results else next(iter(results.values()))
         loss = None
@@ -124,12 +132,15 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: PastKeyValues | None = None,
+        about: _About | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What the cache does not hold yet; without one the whole sequence, with positions that do not count padding."""
         if past_key_values is not None:
             new = input_ids[:, past_key_values.seen :]
             return {"input_ids": new, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        if about is not None:
+            return {"input_ids": input_ids, "about": about}
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -148,7 +159,34 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
         decoder = self._decoding.decoder(self, self.dtype, self.device)
-        model_kwargs["past_key_values"] = PastKeyValues(decoder.cache(rows, max_cache_length + 1))
+        about = model_kwargs.get("about")
+        given = {} if about is None else about.rows(rows)
+        model_kwargs["past_key_values"] = PastKeyValues(decoder.cache(rows, max_cache_length + 1, **given))
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' generate(), which see; of a graph with another text the one that is written about it.
+
+        Raises TypeError when that other text is missing, or nothing says which token begins.
+        """
+        if not self._context:
+            return super().generate(inputs, *args, **kwargs)
+        given = {name: kwargs.pop(name) for name in self._context if kwargs.get(name) is not None}
+        if inputs is not None:
+            given[self._context[0]] = inputs
+        if self._context[0] not in given:
+            raise TypeError(f"{self._context[0]} is missing: the text is written about it")
+        first = given[self._context[0]]
+        if "attention_mask" in self._context and "attention_mask" not in given:
+            given["attention_mask"] = torch.ones_like(first)
+        written = kwargs.pop(_WRITTEN, None)
+        if written is None:
+            start = kwargs.pop("decoder_start_token_id", self.generation_config.decoder_start_token_id)
+            start = (self.config.source_config or {}).get("decoder_start_token_id") if start is None else start
+            if start is None:
+                raise TypeError("decoder_start_token_id is missing, and the checkpoint names none")
+            written = torch.full((len(first), 1), start, dtype=torch.long, device=first.device)
+        mask = torch.ones_like(written)
+        return super().generate(written, *args, attention_mask=mask, about=_About(given), **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every tensor comes from the checkpoint, and loading refuses when one is missing."""
@@ -156,16 +194,17 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _run(self, named: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         program, device = self._program, self.device
         pack = None
-        if self._decoding is not None and named["input_ids"] is not None:
+        if self._decoding is not None and named["input_ids"] is not None and not self._context:
             pack = Pack(named["attention_mask"], named["input_ids"])
             named = named | {"input_ids": pack.pack(named["input_ids"]), "attention_mask": None, "position_ids": None}
         given: dict[str, torch.Tensor] = {}
         for spec in program.entry.inputs:
-            value = named.get(_ROLES.get(spec.role, spec.name))
+            value = named.get(spec.name if self._context else _ROLES.get(spec.role, spec.name))
             if value is not None:
                 given[spec.name] = value.to(spec.dtype)
         mask = named["attention_mask"]
-        if mask is not None and not any(spec.role == "padding" for spec in program.entry.inputs) and not mask.all():
+        hides = "attention_mask" in self._context or any(spec.role == "padding" for spec in program.entry.inputs)
+        if mask is not None and not hides and not mask.all():
             raise ValueError("this model's graph takes no attention mask, so padding cannot be hidden from it")
         inputs = bind_inputs(program, given, device, self.dtype)
         values = [self._value(node.meta["weight"], device) for node in program.weight_nodes.values()]
@@ -188,6 +227,17 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if key not in self._constants:
             self._constants[key] = self._program.weights.evaluate(name, device=device)
         return self._constants[key]
+
+
+class _About:
+    """Another text, of which generate() repeats nothing itself: a row for each of its beams is made when it is read."""
+
+    def __init__(self, given: dict[str, torch.Tensor]) -> None:
+        self.given = given
+
+    def rows(self, count: int) -> dict[str, torch.Tensor]:
+        """The inputs for `count` rows, those of one text side by side."""
+        return {name: value.repeat_interleave(count // len(value), 0) for name, value in self.given.items()}
 
 
 def _wanted(dtype: torch.dtype, program: Program, config: GraphoptConfig) -> torch.dtype:
@@ -231,6 +281,7 @@ def _fetch_program(path: Any, hub: dict[str, Any]) -> Program:
 
 
 def register_models() -> None:
-    """Make AutoModel and AutoModelForCausalLM return GraphoptForCausalLM for graphopt checkpoints."""
+    """Make transformers' classes of language models return GraphoptForCausalLM for graphopt checkpoints."""
     AutoModel.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
     AutoModelForCausalLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)

@@ -71,6 +71,26 @@ def test_an_encoder_runs_once_and_its_text_is_continued_as_by_transformers(name:
     assert len({tuple(row) for row in found[-1].tolist()}) > 1
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_transformers_generate_writes_about_another_text(name: str, tmp_path: Path) -> None:
+    stock = tiny.make_model(name)
+    program = capture_model(stock)
+    ids, mask = tiny.tokens(3, 9, seed=4), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:], mask[2, 2:] = 0, 0
+    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 7}
+    for kind, made in (("cached", with_cache(program)[0]), ("stateless", program)):
+        save(made, tmp_path / kind)
+        ours = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / kind)
+        for more in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
+            assert torch.equal(ours.generate(**given, **options, **more), stock.generate(**given, **options, **more))
+        written = tiny.tokens(3, 4, seed=5)
+        found = ours(**given, decoder_input_ids=written).logits
+        torch.testing.assert_close(found, stock(**given, decoder_input_ids=written).logits, rtol=1e-3, atol=1e-4)
+        with pytest.raises(TypeError, match="input_ids is missing"):
+            ours.generate(max_new_tokens=1)
+
+
 def test_sound_is_encoded_once_and_written_down_as_by_transformers() -> None:
     sizes = {f"{stack}_{size}": n for stack in ("encoder", "decoder") for size, n in (("layers", 2), ("ffn_dim", 56))}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
