@@ -281,12 +281,14 @@ def page(known: dict[str, Any]) -> str:
     if "latency" in known:
         lines += ["", "## Latency, 4 layers", "", "Seconds of processor time a call and how many times faster than eager,",
                   "medians, peers in turns, each in its own process. Build is the first call, for ONNX Runtime its export.",
+                  "What is of an earlier run says so; its ratios are beside the eager of that run.",
                   "", "| | (1, 64) | | (8, 128) | | largest difference | build |",
                   "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
         for peer, own in known["latency"].items():
             if "failed" in own:
                 lines.append(f"| {peer} | failed: {' '.join(own['failed'])[:90]} | | | | | |")
                 continue
+            peer += ", an earlier run" if own.get("earlier") else ""
             cells = [f"{own[str(list(s))]['seconds'] * 1e3:.2f} ms | {own[str(list(s))]['ratio']:.2f}x" for s in SHAPES]
             lines.append(
                 f"| {peer} | {' | '.join(cells)} | {own['largest_difference']:.0e} | {own['build_seconds']:.1f} s |"

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import graphopt
 from graphopt.backends import LoweredProgram, lower
+from graphopt.backends.replay import cuda_graph, obstacle
 from graphopt.frontend import capture_model
 from graphopt.ir.program import Program
 from graphopt.ir.run import bind_inputs
@@ -131,10 +132,11 @@ def captured(case: Case) -> Program:
 class Ours:
     """A lowered program over static buffers; on a GPU its step is replayed as a CUDA graph."""
 
-    def __init__(self, case: Case, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, device: str, dtype: torch.dtype, tune: bool) -> None:
         program = captured(case)
         sizes = {"B": case.batch, "S": case.tokens}
-        self.lowered: LoweredProgram = lower(program, device, dtype=dtype, sizes=sizes, interpret=device == "cpu")
+        options = {"interpret": device == "cpu", "tune": tune}
+        self.lowered: LoweredProgram = lower(program, device, dtype=dtype, sizes=sizes, **options)
         self.bytes = 0
         weights = [self._weight(program, node.meta["weight"], device, dtype) for node in program.weight_nodes.values()]
         given = _inputs(program, case, device, dtype)
@@ -143,15 +145,10 @@ class Ours:
         names = [spec.name for spec in program.entry.inputs]
         self.bytes += sum(x.nbytes for name, x in zip(names, bound, strict=True) if name in cached)
         self.arguments = [*weights, *bound]
-        self.graph: Any = None
-        if device == "cuda":
-            for _ in range(3):
-                self.step()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.results = self.step()
-            self.graph = graph
+        self.replay: Any = None
+        self.waits = obstacle(self.lowered.lowered)
+        if device == "cuda" and self.waits is None:
+            self.replay, self.results = cuda_graph(self.step)
 
     def _weight(self, program: Program, name: str, device: str, dtype: torch.dtype) -> torch.Tensor:
         weight = program.weights[name]
@@ -180,9 +177,9 @@ class Ours:
 
     def __call__(self) -> Any:
         """One step."""
-        if self.graph is None:
+        if self.replay is None:
             return self.step()
-        self.graph.replay()
+        self.replay()
         return self.results
 
     @property
@@ -286,15 +283,23 @@ def copy_rate() -> float:
     return 2 * x.nbytes / seconds({"copy": lambda: y.copy_(x)}, "cuda")["copy"]
 
 
-def measure(case: Case, device: str, rate: float | None, peers: tuple[str, ...], left: Callable[[], float]) -> Any:
+def measure(
+    case: Case,
+    device: str,
+    rate: float | None = None,
+    peers: tuple[str, ...] = (),
+    left: Callable[[], float] = lambda: float("inf"),
+    tune: bool = False,
+) -> dict[str, Any]:
     """One case: seconds of each, bytes, bound, launches; peers that the time does not allow are named."""
     found: dict[str, Any] = {"case": case.name, "batch": case.batch, "context": case.context, "tokens": case.tokens}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     begin = time.perf_counter()
-    ours = Ours(case, device, dtype)
+    ours = Ours(case, device, dtype, tune)
     logits = ours()[0]
     runs: dict[str, Callable[[], Any]] = {"graphopt": ours}
-    found |= {"build_seconds": time.perf_counter() - begin, "launches": ours.launches, "bytes": ours.bytes,
+    found |= {"build_seconds": time.perf_counter() - begin, "launches": ours.launches,
+              "no_cuda_graph": ours.waits, "bytes": ours.bytes,
               "finite": bool(logits.isfinite().all()), "left_out": []}  # fmt: skip
     for peer in peers:
         if left() < 2 * found["build_seconds"]:
@@ -321,6 +326,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("decode_1b", "decode_8b", "prefill", "transformed"), required=True)
     parser.add_argument("--limit", type=float, default=100.0, help="seconds of the part")
+    parser.add_argument("--tune", action="store_true", help="search block sizes by time first")
     parser.add_argument("--interpret", action="store_true")
     arguments = parser.parse_args()
     begun = time.perf_counter()
@@ -354,7 +360,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            found = measure(case, device, rate, peers, left)
+            found = measure(case, device, rate, peers, left, arguments.tune)
         except Exception as error:
             found, failed = {"case": case.name, "error": f"{type(error).__name__}: {error}"[:500]}, True
         slowest = max(slowest, time.perf_counter() - start)

@@ -16,16 +16,14 @@ ALL = {f"{part}: {case.name}": case for part in PARTS for case in cases(part)}
 
 @pytest.mark.parametrize("name", ["decode_1b: batch 8, context 2048", "transformed: duo 50%, 32k", "transformed: int4"])
 def test_a_step_is_finite_and_counted(name: str) -> None:
-    found = measure(small(ALL[name]), "cpu", None, (), lambda: 1e9)
+    found = measure(small(ALL[name]), "cpu")
     assert found["finite"]
     assert found["launches"] > 10
     assert found["seconds"]["graphopt"] > 0
 
 
 def test_bounded_heads_and_packed_weights_are_fewer_bytes() -> None:
-    dense, packed = (
-        measure(small(ALL[f"transformed: {name}"]), "cpu", None, (), lambda: 1e9)["bytes"] for name in ("dense", "int4")
-    )
+    dense, packed = (measure(small(ALL[f"transformed: {name}"]), "cpu")["bytes"] for name in ("dense", "int4"))
     assert packed < 0.6 * dense
 
 
