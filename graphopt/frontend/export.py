@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -153,7 +154,8 @@ def _export_once(
         sizes = [hints[size] if isinstance(size, str) else size for size in spec.shape]
         example[spec.name] = torch.zeros(sizes, dtype=spec.dtype, device=device)
         dynamic[spec.name] = {i: named[size] for i, size in enumerate(spec.shape) if size in named}
-    with warnings.catch_warnings(), torch.no_grad(), _masks_as_given():
+    # Of a model that it cannot take torch.export prints the whole graph, before the error that we name the line of.
+    with warnings.catch_warnings(), torch.no_grad(), _masks_as_given(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return torch.export.export(
             module.eval(),

@@ -99,7 +99,7 @@ def test_a_length_chosen_by_the_caller() -> None:
     same(Scan(), program, 2, 9)
 
 
-def test_what_cannot_be_exported_names_its_line() -> None:
+def test_what_cannot_be_exported_names_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CaptureError) as caught:
         capture_module(Branches(), WIDE)
     lines, start = inspect.getsourcelines(Branches)
@@ -108,3 +108,4 @@ def test_what_cannot_be_exported_names_its_line() -> None:
     assert any(note.endswith(f"test_export.py:{line} in forward") for note in found.notes)
     assert not any("TORCH_LOGS" in note for note in found.notes)
     assert "torch.where" in found.help[0]
+    assert not capsys.readouterr().err
