@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir.grouped import Groups, choice_of, group
+from graphopt.ir.grouped import Groups, choice_of, group, products_in_order
 
 aten = torch.ops.aten
 _ALONG_ONE = {aten.squeeze.dim, aten.chunk.default, aten.slice.Tensor, aten.split.Tensor, aten.unsqueeze.default}
+
+# Elements that the rows of all experts may have to be worked on together: fewer ops, and they still fit into caches.
+TOGETHER = 1 << 19
 
 
 class ByExpert(torch.nn.Module):  # type: ignore[misc]
@@ -39,22 +42,37 @@ class ByExpert(torch.nn.Module):  # type: ignore[misc]
             found: tuple[torch.Tensor, ...] = self.whole(groups.index, *values)
             return found
         banks, sources = values[: self.banks], values[self.banks :]
-        results: tuple[torch.Tensor, ...] = ()
-        order = groups.order
+        order = groups.order[: groups.spans[-1][2]]
         places = {many: order // many if many > 1 else order for many in {*self.repeats, self.chosen}}
+        if len(order) * sources[0][0].numel() <= TOGETHER:
+            made = self.rows.forward(
+                *((one, groups.spans) if one.dim() == 3 else one[groups.index[order]] for one in banks),
+                *(source.index_select(0, places[many]) for source, many in zip(sources, self.repeats, strict=True)),
+            )
+            return tuple(self._zeros(groups, one).index_add_(0, places[self.chosen], one) for one in made)
+        results: tuple[torch.Tensor, ...] = ()
         for expert, start, end in groups.spans:
             here = {many: place[start:end] for many, place in places.items()}
-            # Not by calling the module: at one token a call costs as much as what it computes.
+            # Not by calling the module: a call of one takes as long as an op.
             made = self.rows.forward(
                 *(bank.select(0, expert) if bank.dim() == 3 else bank.narrow(0, expert, 1) for bank in banks),
                 *(source.index_select(0, here[many]) for source, many in zip(sources, self.repeats, strict=True)),
             )
-            if not results:
-                count = groups.index.shape[0] // self.chosen
-                results = tuple(one.new_zeros(count, *one.shape[1:]) for one in made)
+            results = results or tuple(self._zeros(groups, one) for one in made)
             for result, one in zip(results, made, strict=True):
                 result.index_add_(0, here[self.chosen], one)
         return results
+
+    def _zeros(self, groups: Groups, rows: torch.Tensor) -> torch.Tensor:
+        return rows.new_zeros(groups.index.shape[0] // self.chosen, *rows.shape[1:])
+
+
+def product(rows: torch.Tensor, bank: Any, turned: bool) -> torch.Tensor:
+    """Rows `[N, in]` times one matrix, or spans of them times those of a bank; `turned` ones are `[out, in]`."""
+    if isinstance(bank, tuple):
+        matrices, spans = bank
+        return products_in_order(rows, matrices.mT if turned else matrices, spans)
+    return torch.mm(rows, bank.t() if turned else bank)
 
 
 def lower_banks(module: fx.GraphModule) -> None:
@@ -133,7 +151,9 @@ class _Part:
             torch.Tag.pointwise in target.tags or target is aten.to.dtype
         ):
             rank = node.meta["val"].dim()
-            return all((self._rows(n) or n in self.picked) and n.meta["val"].dim() == rank for n in read)
+            matrices = any(n in self.picked and n.meta["val"].dim() > 2 for n in read)
+            rows = all((self._rows(n) or n in self.picked) and n.meta["val"].dim() == rank for n in read)
+            return rows and not matrices
         return False
 
     def _along_others(self, node: fx.Node) -> bool:
@@ -203,8 +223,8 @@ class _Part:
             along = 2 if side == 0 else 1
             x = _without(graph, made[node.args[1 - side]], along)  # type: ignore[index]
             matrix = made[node.args[side]]  # type: ignore[index]
-            product = graph.call_function(aten.linear.default if side == 0 else aten.mm.default, (x, matrix))
-            made[node] = graph.call_function(aten.unsqueeze.default, (product, along))
+            result = graph.call_function(product, (x, matrix, side == 0))
+            made[node] = graph.call_function(aten.unsqueeze.default, (result, along))
         graph.output(tuple(made[node] for node in self.exits))
         graph.eliminate_dead_code()
         return fx.GraphModule(torch.nn.Module(), graph)

@@ -18,7 +18,8 @@ aten = torch.ops.aten
 class Groups(NamedTuple):
     """Rows by experts: the choice `[N]`, the rows in its order `[N]`, and (expert, first, last + 1) of each one chosen.
 
-    `spans` is None under a compiler, which sees the gather and the batched product instead: spans depend on the data.
+    Rows of no group come last in the order. `spans` is None under a compiler, which sees the gather and the batched
+    product instead: spans depend on the data.
     """
 
     index: torch.Tensor
@@ -30,12 +31,13 @@ def group(index: torch.Tensor, experts: int, share: torch.Tensor | None = None) 
     """Groups of a choice `[N]` among experts; a choice whose share is 0 is in none, unless shares are trained."""
     if torch.compiler.is_compiling():
         return Groups(index, index, None)
+    counted = index
     if share is not None and not (share.requires_grad and torch.is_grad_enabled()):
-        index = index.masked_fill(share.reshape(-1) == 0, experts)
-    counts = torch.bincount(index, minlength=experts).tolist()[:experts]
+        counted = index.masked_fill(share.reshape(-1) == 0, experts)
+    counts = torch.bincount(counted, minlength=experts).tolist()[:experts]
     ends = list(accumulate(counts))
     spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
-    return Groups(index, torch.argsort(index, stable=True), spans)
+    return Groups(index, torch.argsort(counted, stable=True), spans)
 
 
 def matrix_times_rows(bank: torch.Tensor, groups: Groups, x: torch.Tensor) -> torch.Tensor:
@@ -55,9 +57,13 @@ def rows_times_matrix(x: torch.Tensor, bank: torch.Tensor, groups: Groups) -> to
 def _products(
     bank: torch.Tensor, order: torch.Tensor, spans: list[tuple[int, int, int]], x: torch.Tensor
 ) -> torch.Tensor:
-    rows = x[order]
-    made = torch.cat([torch.mm(rows[start:end], bank[expert]) for expert, start, end in spans])
+    made = products_in_order(x[order], bank, spans)
     return torch.empty_like(made).index_copy(0, order, made)
+
+
+def products_in_order(rows: torch.Tensor, bank: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Rows `[N, in]` that lie as the spans say, each span times its matrix of a bank `[E, in, out]`: `[N, out]`."""
+    return torch.cat([torch.mm(rows[start:end], bank.select(0, expert)) for expert, start, end in spans])
 
 
 def lower_choices(graph: fx.Graph) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import fx
 
+from graphopt.ir import by_expert
 from graphopt.ir.by_expert import ByExpert, lower_banks
-from graphopt.ir.grouped import lower_choices
+from graphopt.ir.grouped import group, lower_choices
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.run import Runner, specialised
@@ -38,8 +39,11 @@ def refactored(name: str, **options: Any) -> Program:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("sizes", [{"B": 2, "S": 9}, {"B": 1, "S": 1}])
-def test_stock_banks(name: str, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "together"), [({"B": 2, "S": 9}, 0), ({"B": 2, "S": 9}, 1 << 19), ({"B": 1, "S": 1}, 0)]
+)
+def test_stock_banks(name: str, sizes: dict[str, int], together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_expert, "TOGETHER", together)
     fast, got, expected = both(program(name), sizes)
     assert len(parts(fast)) == len(Views(program(name)).experts)
     # Tokens are read once, not once for each choice, and added up as they are made.
@@ -57,7 +61,9 @@ def test_stock_banks(name: str, sizes: dict[str, int]) -> None:
     ],
     ids=["top", "threshold", "rank"],
 )
-def test_refactored_banks(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("together", [0, 1 << 19])
+def test_refactored_banks(name: str, options: dict[str, Any], together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_expert, "TOGETHER", together)
     fast, got, expected = both(refactored(name, **options), {"B": 2, "S": 9})
     assert len(parts(fast)) == 3
     torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-12)
@@ -92,6 +98,15 @@ def test_a_product_that_waits_for_another_part_runs_on_its_own() -> None:
     lower_choices(graph)
     module.recompile()
     torch.testing.assert_close(module(*values.values())[0], expected)
+
+
+def test_tokens_may_drop_all_their_choices() -> None:
+    index, share = torch.tensor([2, 0, 1, 2]), torch.tensor([[0.5], [0.0], [0.0], [1.0]])
+    assert group(index, 3, share).spans == [(2, 0, 2)]
+    none = group(index, 3, torch.zeros(4, 1))
+    assert none.spans == []
+    assert torch.equal(none.index, index)
+    assert len(group(index, 3, share.requires_grad_()).spans or ()) == 3
 
 
 def test_gradients_are_those_of_the_graph() -> None:

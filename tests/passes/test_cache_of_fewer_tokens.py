@@ -16,6 +16,8 @@ from graphopt.ir.program import Program
 from graphopt.passkit import Context, PassRegistry
 from graphopt.passkit.edits import apply_edits
 from graphopt.runtime import Decoder, generate, with_cache
+from graphopt.runtime.speculate import Fixed, Speculator
+from graphopt.runtime.speculate.copying import Copy
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.views import Views
@@ -99,6 +101,16 @@ def test_generation_is_the_same_with_padding_and_pictures(name: str) -> None:
     given: dict[str, Any] = {"padding": padding, "max_new_tokens": 6, "pixel_values": asked["pixel_values"].double()}
     plain = generate(fewer(name).module(torch.float64), ids, **given)
     assert torch.equal(generate(Decoder(cached(name), torch.float64), ids, **given), plain)
+
+
+@pytest.mark.parametrize("name", ["text", "text, moved up"])
+def test_drafted_tokens_are_those_of_plain_decoding(name: str) -> None:
+    prompt = torch.tensor([3, 4, 2, 1, 3, 4, 2, 1, 3, 4])
+    plain = generate(fewer(name).module(torch.float64), prompt[None], max_new_tokens=12)
+    drafted = Speculator(Decoder(cached(name), torch.float64), Copy(2, 6), Fixed(4))
+    found, log = drafted.generate(prompt, 12)
+    assert torch.equal(found, plain[0])
+    assert log.acceptance_rate > 0
 
 
 def test_two_pictures_in_a_row() -> None:
