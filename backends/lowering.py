@@ -198,7 +198,10 @@ def rebuild(graph: fx.Graph, parts: Partition, options: Options) -> fx.Graph:
             for group in parts.groups:
                 if group.last < parts.order[node]:
                     emit_group_once(group, mapping, emit)
-        if node.op in ("placeholder", "output", "get_attr") or impure(node):
+        if impure(node) and node in parts.home:
+            # Its result may be read within its own kernel alone.
+            emit_group_once(parts.home[node], mapping, emit)
+        elif node.op in ("placeholder", "output", "get_attr") or impure(node):
             emit(node)
     return made
 

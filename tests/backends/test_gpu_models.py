@@ -14,7 +14,15 @@ PARTS = ("decode_1b", "decode_8b", "prefill", "transformed")
 ALL = {f"{part}: {case.name}": case for part in PARTS for case in cases(part)}
 
 
-@pytest.mark.parametrize("name", ["decode_1b: batch 8, context 2048", "transformed: duo 50%, 32k", "transformed: int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decode_1b: batch 8, context 2048",
+        "transformed: duo 50%, 32k",
+        "transformed: int4",
+        "transformed: tree of 64 rows",
+    ],
+)
 def test_a_step_is_finite_and_counted(name: str) -> None:
     found = measure(small(ALL[name]), "cpu")
     assert found["finite"]
