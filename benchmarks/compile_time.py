@@ -280,7 +280,8 @@ def page(known: dict[str, Any]) -> str:
     ]
     if "latency" in known:
         lines += ["", "## Latency, 4 layers", "", "Seconds of processor time a call and how many times faster than eager,",
-                  "medians, peers in turns, each in its own process. Build is the first call with caches as they were, for ONNX Runtime its export.",
+                  "medians, peers in turns, each in its own process. Build is the first call with caches as they",
+                  "were, for ONNX Runtime its export.",
                   "What is of an earlier run says so; its ratios are beside the eager of that run.",
                   "", "| | (1, 64) | | (8, 128) | | largest difference | build |",
                   "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
