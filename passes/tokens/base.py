@@ -127,8 +127,18 @@ class TokenPass(Pass):
             )
         found = [amount.of(count) for amount in self.keep]
         values = [Fraction(*each) for each in found]
-        if any(later > earlier for earlier, later in pairwise(values)):
+        for place, (earlier, later) in enumerate(pairwise(values)):
+            if later <= earlier:
+                continue
             raise PlanError.of(
-                "stage_order", f"{self.name} cannot bring tokens back: later layers keep at most as many"
+                "stage_order",
+                f"{self.name} cannot bring tokens back: later layers keep at most as many",
+                notes=(
+                    f"layer {chosen[place + 1]} would keep {self.keep[place + 1]}, layer {chosen[place]} before it"
+                    f" {self.keep[place]}",
+                ),
+                help=(
+                    "write amounts that fall: each is a share of all tokens, not of those that the stage before left",
+                ),
             )
         return dict(zip(chosen, found, strict=True))

@@ -81,7 +81,8 @@ def _text(views: Views, kind: str, first: int, last: int) -> Span:
     if kind == "image":
         found = splices(program)
         if len(found) != 1:
-            raise NoSpan(f"{len(found)} inputs of pictures are written into its tokens, not one")
+            many = f"{len(found)} inputs of pictures are written into its tokens, not one"
+            raise NoSpan(many if found else "no picture is written into its tokens")
         splice = found[0]
     placeholder = _input(program, tokens[0].name)
     length = _expression(placeholder.meta["val"].shape[1])

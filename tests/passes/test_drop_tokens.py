@@ -261,7 +261,8 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: s
 
 
 @pytest.mark.parametrize(
-    ("keep", "words"), [(["50%"], "1 amounts for 2 layers"), (["25%", "50%"], "cannot bring tokens back")]
+    ("keep", "words"),
+    [(["50%"], "1 amounts for 2 layers"), (["25%", "50%"], "layer 2 would keep 50%, layer 1 before it 25%")],
 )
 def test_amounts_that_do_not_fit_are_refused(keep: list[str], words: str) -> None:
     views = Views(reader_program())
@@ -272,7 +273,7 @@ def test_amounts_that_do_not_fit_are_refused(keep: list[str], words: str) -> Non
 @pytest.mark.parametrize(
     ("program", "options", "words"),
     [
-        (build(TEXT), {"span": "image"}, "0 inputs of pictures"),
+        (build(TEXT), {"span": "image"}, "no picture is written"),
         (build(TEXT), {"span": "patches"}, "no stack of layers begins with the patches"),
         (
             build(Shape(kind="vision")),
