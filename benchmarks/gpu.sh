@@ -9,7 +9,7 @@ out=${OUT:-benchmarks/results/gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export GRAPHOPT_CACHE=${GRAPHOPT_CACHE:-$(mktemp -d)}
 failed=()
-kernels=(pointwise products packed attention)
+kernels=(pointwise products packed attention bounded experts)
 kernels_limit=140
 models=(decode_8b:130 decode_1b:90 prefill:60 transformed:110)
 
@@ -18,6 +18,10 @@ for part in "${kernels[@]}"; do
   timeout --kill-after=5 "$kernels_limit" "${PYTHON:-python}" benchmarks/gpu_kernels.py "$out" --part "$part" "$@" &
   pids+=($!)
 done
+# Choosing block sizes and replay: the tests that need a device run when there is one.
+timeout --kill-after=5 "$kernels_limit" "${PYTHON:-python}" -m pytest -q tests/backends/test_autotune.py tests/backends/test_replay.py &
+pids+=($!)
+kernels+=(runtime)
 for i in "${!kernels[@]}"; do
   wait "${pids[$i]}" || failed+=("${kernels[$i]}")
 done

@@ -20,12 +20,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from graphopt.backends.lowering import Options, lower_graph
-from graphopt.ops import attention, dequantise
+from graphopt.ops import attention, bounded_attention, dequantise, heavy_weights, held_attention
 from graphopt.ops.quantised import encode, grid, pack
 from tests.backends.cases import FLOATING, drawn
 from tests.backends.conftest import close, reference, trace
+from tests.backends.test_experts import biased, rows_first
+from tests.backends.test_experts import inputs as expert_inputs
+from tests.backends.test_fused_attention import over_packed, quantised
+from tests.backends.test_held import POLICIES, heavy, held
 from tests.backends.test_products import NAMES, ROWS, inputs_of
 
+PARTS = ("pointwise", "products", "packed", "attention", "bounded", "experts")
 Case: TypeAlias = tuple[Callable[..., Any], tuple[torch.Tensor, ...]]
 
 
@@ -89,6 +94,23 @@ def attended(queries: int, window: int | None, softcap: float | None, dtype: tor
     return function, drawn(dtype, (2, 8, queries, 64), (2, 2, 301, 64), (2, 2, 301, 64))
 
 
+def called(op: Any, arguments: tuple[Any, ...]) -> Case:
+    """A call of an op as a function of the tensors that it is given."""
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        rest = iter(tensors)
+        return op(*(next(rest) if isinstance(a, torch.Tensor) else a for a in arguments))  # type: ignore[no-any-return]
+
+    return function, tuple(a for a in arguments if isinstance(a, torch.Tensor))
+
+
+def bounded(heads: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """A text of 150 tokens of which some KV heads see the first 3 and the last 20."""
+    q, k, v = drawn(dtype, (2, 6, 150, 64), (2, 2, 150, 64), (2, 2, 150, 64))
+    rest = (None, None, 0.3, True, None, None, None, None, list(heads), 3, 20, 0, False)
+    return called(bounded_attention, (q, k, v, *rest))
+
+
 def cases(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     """The cases of a part by name."""
     if part == "pointwise":
@@ -103,6 +125,19 @@ def cases(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
         for bits in (1, 2, 3, 4, 8):
             for rows in ROWS:
                 yield f"packed_{bits}_{rows}", packed(bits, ROWS[rows], dtype)
+    elif part == "bounded":
+        for policy in POLICIES:
+            for count in (1, 4):
+                yield f"held_{policy}_{count}", called(held_attention, held(policy, count, dtype))
+        yield "heavy", called(heavy_weights, heavy(dtype))
+        for heads in ((0, 1), (1,)):
+            yield f"text_{len(heads)}", bounded(heads, dtype)
+        for queries in (1, 4):
+            yield f"packed_cache_{queries}", (over_packed, quantised(queries, dtype))
+    elif part == "experts":
+        for function in (rows_first, biased):
+            for count in (1, 3, 71):
+                yield f"{function.__name__}_{count}", (function, expert_inputs(count, dtype))
     else:
         for queries in (1, 37, 301):
             for window, softcap in ((None, None), (64, None), (None, 20.0)):
@@ -113,7 +148,7 @@ def main() -> None:
     """Check one part; exits with 1 when a result is wrong or a case fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--part", choices=("pointwise", "products", "packed", "attention"), required=True)
+    parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--interpret", action="store_true")
     arguments = parser.parse_args()
     device = "cpu" if arguments.interpret else "cuda"

@@ -95,7 +95,8 @@ def over_packed(
     """Attention over a quantised cache and the tokens behind it, of which each sees those before it."""
     keys = torch.cat([dequantise(k, ks, kl, BITS, GROUP, SIZE), nk], 2)
     values = torch.cat([dequantise(v, vs, vl, BITS, GROUP, SIZE), nv], 2)
-    columns, rows = torch.arange(KEYS + q.shape[2]), torch.arange(q.shape[2])[:, None]
+    columns = torch.arange(KEYS + q.shape[2], device=q.device)
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
     old = (columns < held[:, None])[:, None, None]
     new = ((columns >= KEYS) & (columns - KEYS <= rows))[None, None]
     return attention(q, keys, values, old | new, None, 0.2, False, None, None)  # type: ignore[no-any-return]
