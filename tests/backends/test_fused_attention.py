@@ -7,7 +7,7 @@ import torch
 
 from graphopt.backends.ahead import TARGETS, compile_ahead
 from graphopt.backends.lowering import Lowered, Options, lower_graph
-from graphopt.ops import attention, dequantise
+from graphopt.ops import attention, cached_attention, dequantise
 from graphopt.ops.quantised import encode, grid, pack
 from tests.backends.cases import drawn
 from tests.backends.conftest import close, reference, trace
@@ -107,6 +107,32 @@ def over_packed(
 def test_quantised_caches_are_unpacked_in_the_loads(queries: int, dtype: torch.dtype) -> None:
     made = one_kernel(over_packed, quantised(queries, dtype))
     assert made.groups[0].ops.count("dequantise") == 2
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_gate_behind_a_cache(queries: int) -> None:
+    """The cache is written in its place although only the kernel itself reads the attention."""
+    q, keys, values, gate = drawn_to(queries, torch.float32)
+    k, v = keys[:, :, :queries] * 2, values[:, :, :queries] * 3
+    lengths = torch.tensor([3, KEYS - queries])
+    ancestors = torch.ones(1, queries, queries, dtype=torch.bool).tril()
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, seen: Tensor, gate: Tensor
+    ) -> Tensor:
+        places = lengths[:, None] + torch.arange(queries)
+        y = cached_attention(q, k, v, keys, values, lengths, places, seen, None, None, 0.2, None, None)
+        return y.transpose(1, 2).reshape(2, queries, HEADS * SIZE) * torch.sigmoid(gate)
+
+    inputs = (q, k, v, keys, values, lengths, ancestors, gate)
+    made = lower_graph(trace(function, *inputs), "cpu", Options(interpret=True))
+    assert any("sigmoid" in group.ops and "cached_attention" in group.ops for group in made.groups)
+    mine = [x.clone() for x in inputs]
+    wanted = reference(function, inputs)[0]
+    assert close(made(list(mine)), wanted)
+    function(*inputs)
+    assert torch.equal(mine[3], keys)
+    assert torch.equal(mine[4], values)
 
 
 @pytest.mark.parametrize("target", TARGETS)
