@@ -325,12 +325,13 @@ def answer_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def stage_table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a score, accuracies at each share."""
+    """One line a score, accuracies and times at each share."""
     rows = without_chance(rows, ("method", "keep"), "choice")
     by = {(row["choice"], row["keep"]): row for row in rows}
-    lines = ["| chosen by | 75% | 50% | 25% |", "|---|---|---|---|"]
+    lines = ["| chosen by | 75% | 50% | 25% | time at 75% | 50% | 25% |", "|---|---|---|---|---|---|---|"]
     for name in (*ANSWER_SCORES, CHANCE):
-        lines.append(f"| {name} | {' | '.join(accuracy_cell(by.get((name, share))) for share in SHARES)} |")
+        at = [by.get((name, share)) for share in SHARES]
+        lines.append(f"| {name} | {' | '.join(map(accuracy_cell, at))} | {' | '.join(map(time_cell, at))} |")
     return lines
 
 
