@@ -207,9 +207,11 @@ def _surgery(program: Program, step: dict[str, Any]) -> str:
                 return f"differs from its emulation by {error:.2g}"
             with tempfile.TemporaryDirectory() as directory:
                 graphopt.save(after, Path(directory) / "out", format="graphopt")
-                # In float32 a convolution's last bits follow where in memory its weights happen to lie.
-                again = graphopt.load(Path(directory) / "out").module(torch.float64)(**inputs)[0]
-                if not torch.equal(again[real], got[real]):
+                inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+                again = graphopt.load(Path(directory) / "out").module()(**inputs)[0][real]
+                before = after.module()(**inputs)[0][real]
+                # Not bit for bit: a convolution's last bits follow where in memory its weights happen to lie.
+                if not float((again - before).abs().max() / before.abs().max()) < 1e-5:
                     return "changes when it is saved and loaded"
     except GraphoptError as error:
         # Half of an odd number of heads cannot be grouped: what is asked for is not legal there.
