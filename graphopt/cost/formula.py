@@ -12,8 +12,14 @@ from sympy.printing.str import StrPrinter
 class _Printer(StrPrinter):  # type: ignore[misc]
     """Prints min(S, 4096), the dimension first, and quotients without parentheses that they do not need."""
 
+    # torch's functions print themselves, with parentheses around the whole, unless no such method is asked for.
+    printmethod = None
+
+    def _print_Identity(self, expr: Any) -> str:
+        return str(self._print(expr.args[0]))
+
     def _print_FloorDiv(self, expr: Any) -> str:
-        base, divisor = (self.parenthesize(each, PRECEDENCE["Atom"]) for each in expr.args)
+        base, divisor = (self.parenthesize(each, PRECEDENCE["Atom"], strict=True) for each in expr.args)
         return f"{base}//{divisor}"
 
     def _print_Min(self, expr: Any) -> str:
@@ -40,5 +46,6 @@ def _term(term: sympy.Expr) -> str:
     number = f"{int(coefficient):,}" if coefficient.is_Integer else str(coefficient)
     if rest == 1:
         return number
-    text = _Printer().doprint(rest)
-    return text if coefficient == 1 else f"{number}*{text}"
+    if coefficient == 1:
+        return str(_Printer().doprint(rest))
+    return f"{number}*{_Printer().parenthesize(rest, PRECEDENCE['Mul'], strict=True)}"

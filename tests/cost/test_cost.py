@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from graphopt.cost import cost, formula, node_flops
@@ -145,6 +146,10 @@ def test_formulae_are_readable() -> None:
     assert formula(0) == "0"
     assert formula(b * s - 3 * b) == "-3*B + B*S"
     assert formula(2048 * b * sympy.Min(s, 4096)) == "2,048*B*min(S, 4,096)"
+    half = FloorDiv(s + 1, 2)
+    assert formula(half) == "(S + 1)//2"
+    assert formula(4096 * half) == "4,096*((S + 1)//2)"
+    assert formula(b * half + 3) == "3 + B*((S + 1)//2)"
 
 
 def test_a_missing_size_is_named(program_of: Any) -> None:
