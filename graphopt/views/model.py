@@ -18,6 +18,7 @@ from graphopt.views.attention import attention_cores, find_attentions, unread_so
 from graphopt.views.feed_forward import find_experts, find_feed_forwards
 from graphopt.views.kinds import Attention, Block, Experts, FeedForward, Mixer, SubLayer, Unseen
 from graphopt.views.labels import Labels
+from graphopt.views.missed import missed_attentions, missed_feed_forwards, outside_blocks
 from graphopt.views.routing import Linear
 from graphopt.views.stream import Parts, layers, mixing, parted, starts, stream, sublayers
 from graphopt.views.trace import between, common_path, path
@@ -51,7 +52,12 @@ class Views:
             found.append(Unseen(f"attention {path(node)}", node.name, reason))
         found += self._found_feed_forwards[1]
         found += self._found_experts[1]
-        if not self.blocks:
+        found += missed_attentions(self.program, {one.node for one in found})
+        downs = {feed_forward.down.node.name for feed_forward in self.feed_forwards}
+        found += missed_feed_forwards(self.labels, downs | {one.node for one in found})
+        if self.blocks:
+            found += outside_blocks(self.labels, self.blocks, self.attentions, self.feed_forwards, self.experts)
+        else:
             found.append(Unseen("blocks", "", "no repeated residual structure was found"))
         return tuple(found)
 
