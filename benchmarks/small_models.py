@@ -7,12 +7,15 @@ with is taken. The parts that exist are counted from the module tree and from on
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
+from itertools import dropwhile, groupby
 from typing import Any
 
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.models.auto import modeling_auto
 
 AUTOS = {
@@ -325,53 +328,88 @@ def count_parts(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
     Blocks are calls of the members of outermost module lists that hold a matrix product; attentions calls of modules
     named so that run a softmax; feed-forwards the down projections outside attentions and other mixers that read what an
     up projection of the same block writes; expert banks modules with three-dimensional weights or lists inside blocks.
+    Calls of blocks that the model's result does not depend on are left out with all that they hold: some classes run
+    layers whose result they do not read (the last character layer of a Canine that classifies, the last layer of LLaVA's
+    pictures), and no graph of the result has those.
     """
-    blocks, halves = dict(_blocks(model)), _halves(model)
-    counts = {"blocks": 0, "attentions": 0, "feed_forwards": 0, "experts": 0}
-    inside: list[tuple[str, Any]] = []
+    blocks, halves = list({id(block): block for _, block in _blocks(model)}.values()), _halves(model)
+    calls: list[Counter[str]] = [Counter()]  # What lies outside blocks, then each call of a block.
+    running = [0]
+    inside: list[Any] = []
     softmax: set[int] = set()
     products: set[int] = set()
     handles = []
 
     def enter(module: Any, *_: Any) -> None:
-        inside.append(("attention", module))
+        inside.append(module)
 
     def leave(module: Any, *_: Any) -> None:
         inside.pop()
-        counts["attentions"] += id(module) in softmax and id(module) in products
+        calls[running[-1]]["attentions"] += id(module) in softmax and id(module) in products
         softmax.discard(id(module))
         products.discard(id(module))
 
+    def block_begins(*_: Any) -> None:
+        calls.append(Counter())
+        running.append(len(calls) - 1)
+
     def block_called(module: Any, _: Any, result: Any) -> None:
-        counts["blocks"] += id(module) not in halves
+        call = calls[running.pop()]
+        call["blocks"] += id(module) not in halves
         result = result if isinstance(result, torch.Tensor) else result[0]
         dense, banks = _feed_forwards(module, set(result.shape[1:]))
-        counts["feed_forwards"] += dense
-        counts["experts"] += banks
+        call["feed_forwards"] += dense
+        call["experts"] += banks
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = getattr(function, "__name__", "")
             if inside and ("softmax" in name or name == "scaled_dot_product_attention"):
-                softmax.add(id(inside[-1][1]))
+                softmax.add(id(inside[-1]))
             factors = [a for a in (args[1:] if name == "einsum" else args) if isinstance(a, torch.Tensor)]
             weighs = name in ("matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
             if inside and weighs and not any(isinstance(a, torch.nn.Parameter) for a in factors):
-                products.add(id(inside[-1][1]))
+                products.add(id(inside[-1]))
             return function(*args, **(kwargs or {}))
 
     for module in model.modules():
         name = type(module).__name__.lower()
         if any(word in name for word in _ATTENTION) or isinstance(module, torch.nn.MultiheadAttention):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    handles += [block.register_forward_hook(block_called) for block in {id(b): b for b in blocks.values()}.values()]
+    for block in blocks:
+        handles += [block.register_forward_pre_hook(block_begins), block.register_forward_hook(block_called)]
     try:
         with Watch():
-            run(model, inputs)
+            result = run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return counts
+    read = [call for number, call in enumerate(calls) if not number or _is_read(model, blocks, number, inputs, result)]
+    return {part: sum(call[part] for call in read) for part in ("blocks", "attentions", "feed_forwards", "experts")}
+
+
+def _is_read(model: Any, blocks: list[Any], number: int, inputs: dict[str, torch.Tensor], expected: Any) -> bool:
+    """Whether the model's result changes with that of the call of a block that has this number, counted from 1."""
+    done = 0
+
+    def disturbed(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value + torch.randn_like(value) if floating else value
+
+    def block_called(_module: Any, _inputs: Any, result: Any) -> Any:
+        nonlocal done
+        done += 1
+        return tree_map(disturbed, result) if done == number else None
+
+    # Before the hooks with which a model keeps the results of its layers.
+    handles = [block.register_forward_hook(block_called, prepend=True) for block in blocks]
+    try:
+        got = run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs = zip(tree_leaves(got), tree_leaves(expected), strict=True)
+    return not all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 
 def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
@@ -394,8 +432,15 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _halves(model: Any) -> set[int]:
-    """Members of lists of feed-forwards of layers whose attentions are in a list of their own beside them."""
+    """Members of lists that only feed forward, and so are the second half of a layer.
+
+    What mixes tokens is in a list of its own beside theirs (XLM), or before them in the same list (Nemotron-H): the graph
+    shows one layer, which mixes tokens and feeds forward after it.
+    """
     found: set[int] = set()
+    for _, members in groupby(_blocks(model), key=lambda named: named[0].rpartition(".")[0]):
+        after = dropwhile(lambda named: not _looks_like_block(named[1]), members)
+        found |= {id(child) for _, child in after if not _looks_like_block(child)}
     for parent in model.modules():
         lists = [child for child in parent.children() if isinstance(child, torch.nn.ModuleList)]
         mixing = {len(one) for one in lists if any(_looks_like_block(child) for child in one)}
@@ -455,8 +500,10 @@ def _feed_forwards(block: Any, widths: set[int]) -> tuple[int, int]:
             mixers.append(name)
         if any(p.dim() == 3 and p.shape[1] > 1 and p.shape[2] > 1 for p in module.parameters(recurse=False)):
             banks.append(name)
-        # A list of parts of one kind may be a bank; one of several kinds is a sequence of parts.
-        if name and isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1:
+        # A list of parts of one kind may be a bank; one of several kinds is a sequence of parts, and so is one of parts
+        # that are called layers: a MobileBERT layer feeds forward four times, three of them in such a list.
+        kinds = {type(child).__name__.lower() for child in module} if isinstance(module, torch.nn.ModuleList) else set()
+        if name and len(kinds) == 1 and "layer" not in next(iter(kinds)):
             lists.append(name)
     hidden = [*mixers, *banks, *lists]
     linears = [
@@ -465,8 +512,11 @@ def _feed_forwards(block: Any, widths: set[int]) -> tuple[int, int]:
         if _is_linear(module) and not any(name == h or name.startswith(h + ".") for h in hidden)
     ]
     dense = 0
-    for down in linears:
-        ups = [up for up in linears if up[0] == down[1] and up[1] in (down[0], 2 * down[0]) and up != down]
+    for place, down in enumerate(linears):
+        # Where there are as many tokens as neurons (PVT's first stage), either product would pass for the other's up
+        # projection: there the first of them is it.
+        before = linears[:place] if down[0] in widths else linears
+        ups = [up for up in before if up[0] == down[1] and up[1] in (down[0], 2 * down[0]) and up != down]
         dense += bool(ups) and down[0] != down[1] and down[1] in widths
     outer = [n for n in banks if not any(n.startswith(m + ".") for m in mixers)]
     listed = [
