@@ -80,16 +80,17 @@ def outside_blocks(
 ) -> Iterator[Unseen]:
     """Parts that were found and that no layer holds; a feed-forward that ends in another width is a head, and no part."""
     held = {node for block in blocks for node in block.nodes}
-    parts = [(f"attention {a.path}", a.core) for a in attentions]
+    parts = [("attention", a.path, a.core) for a in attentions]
     parts += [
-        (f"feed-forward {f.path}", f.down.node)
+        ("feed-forward", f.path, f.down.node)
         for f in feed_forwards
         if _width(labels, f.up, f.up.in_axis) == _width(labels, f.down, f.down.out_axis)
     ]
-    parts += [(f"experts {e.path}", e.down.node) for e in experts]
-    for what, node in parts:
+    parts += [("experts", e.path, e.down.node) for e in experts]
+    for kind, place, node in parts:
         if node not in held:
-            yield Unseen(what, node.name, "no layer of a stream to the first result holds it; it is left alone")
+            # Named a block and not the part, which has a view: passes that read it decline it, or not, for themselves.
+            yield Unseen(f"block {place}", node.name, f"{kind} in no layer of a stream to the first result")
 
 
 def _chained(labels: Labels, down: Linear) -> tuple[list[fx.Node], list[Linear]]:
