@@ -21,7 +21,6 @@ import platform
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -132,6 +131,8 @@ def figures(results: Path) -> str:
                 "|---|---|---|---|---|---|---|",
             ]
             lines += [_row(NAMES[name], jobs[name]) for name in NAMES if name in jobs]
+            if len(every := jobs["copy"].get("every", [])) > 1:
+                lines += ["", f"The {len(every)} copies took {', '.join(f'{each:.0f}' for each in every)} seconds."]
         if "flap" in found:
             flap = found["flap"]
             within = ", ".join(
@@ -152,7 +153,8 @@ def figures(results: Path) -> str:
 
 def _row(name: str, job: dict[str, Any]) -> str:
     told = job.get("predicted", {})
-    cells = [name, f"{job['seconds']:.0f}", f"{job.get('times_the_copy', 1):.2f}", f"{job['cpu_seconds']:.0f}"]
+    seconds = f"{job['seconds']:.0f}" + (f" ({told['seconds']:.0f})" if told else "")
+    cells = [name, seconds, f"{job.get('times_the_copy', 1):.2f}", f"{job['cpu_seconds']:.0f}"]
     for key, unit, places in (("bytes_read", 1e9, 2), ("bytes_written", 1e9, 2), ("peak_memory", 1 << 20, 0)):
         cells.append(f"{job[key] / unit:.{places}f}" + (f" ({told[key] / unit:.{places}f})" if told else ""))
     return f"| {' | '.join(cells)} |"
@@ -264,11 +266,13 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         print(name, found[name], flush=True)
         save(options.out, options.shape, {"jobs": found})
 
+    copies: list[dict[str, Any]] = []
+
     def copy() -> None:
-        before = found.get("copy", {}).get("every", [])
         job("copy", [sys.executable, "-c", COPY, str(checkpoint), str(work / "copied")], work / "copied")
-        every = [*before, found["copy"]["seconds"]]
-        found["copy"] |= {"every": every, "seconds": round(statistics.median(every), 2)}
+        copies.append(found["copy"])
+        middle = sorted(copies, key=lambda each: float(each["seconds"]))[len(copies) // 2]
+        found["copy"] = {**middle, "every": [each["seconds"] for each in copies]}
 
     for name in options.jobs:
         copy()
