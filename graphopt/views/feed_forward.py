@@ -110,9 +110,9 @@ def _joined(labels: Labels, down: Linear, among: dict[fx.Node, Linear]) -> tuple
     activations = [n for n in between if activation(n)] or [n for n in between if spelled(n)]
     if not products or len(products) > 2 or not activations or any(p.node not in among for p in products):
         return None
-    normed = any(node in labels.norms for node in between)
-    if normed and _width(labels, down, down.out_axis) != _width(labels, products[0], products[0].in_axis):
-        return None  # A head with a norm of its own returns to no stream.
+    inside = any(node in labels.norms or node in labels.filters for node in between)
+    if inside and _width(labels, down, down.out_axis) != _width(labels, products[0], products[0].in_axis):
+        return None  # A head with a norm of its own or what a state-space mixer selects by returns to no stream.
     sources = {behind(p.x) for p in products}
     return (products, activations) if len(sources) == 1 else None
 

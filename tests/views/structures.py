@@ -145,6 +145,22 @@ class Convolve(nn.Module):
         return self.b(y.transpose(1, 2))
 
 
+class Select(nn.Module):
+    """A state space whose steps are selected by a product of the filtered channels, as a feed-forward's would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, NEURONS, bias=False)
+        self.c = nn.Conv1d(NEURONS, NEURONS, 3, groups=NEURONS, padding=2)
+        self.s = nn.Linear(NEURONS, 5, bias=False)
+        self.t = nn.Linear(5, NEURONS)
+        self.b = nn.Linear(NEURONS, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.silu(self.c(self.a(x).transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        return self.b((y * torch.sigmoid(self.t(self.s(y)))).cumsum(1))
+
+
 class Layer(nn.Module):
     """A pre-norm layer; `scale` multiplies the stream itself at each sum."""
 
