@@ -24,8 +24,8 @@ from graphopt.ops import attention, bounded_attention, dequantise, heavy_weights
 from graphopt.ops.quantised import encode, grid, pack
 from tests.backends.cases import FLOATING, drawn
 from tests.backends.conftest import close, reference, trace
-from tests.backends.test_experts import biased, rows_first
-from tests.backends.test_experts import inputs as expert_inputs
+from tests.backends.test_expert_products import biased, rows_first
+from tests.backends.test_expert_products import inputs as expert_inputs
 from tests.backends.test_fused_attention import over_packed, quantised
 from tests.backends.test_held import POLICIES, heavy, held
 from tests.backends.test_products import NAMES, ROWS, inputs_of

@@ -101,6 +101,13 @@ class Views:
         """Sub-layers that mix tokens without a softmax attention."""
         return tuple(mixer for block in self.blocks for mixer in block.mixers)
 
+    def candidate(self, part: Attention | Experts) -> str:
+        """A part's name in plans: its path, and where its module runs again outside the layers, that as well."""
+        within: list[Attention | Experts] = [a for block in self.blocks for a in block.attentions]
+        within += [bank for block in self.blocks for bank in block.experts]
+        again = part not in within and any(one.path == part.path for one in within)
+        return f"{part.path}:outside the layers" if again else part.path
+
     @cached_property
     def streams(self) -> tuple[tuple[fx.Node, ...], ...]:
         """Points of each residual stream that holds layers, one stream a stack: encoder, decoder."""

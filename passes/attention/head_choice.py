@@ -156,7 +156,7 @@ def plan(config: MixHeads, context: Context) -> Plan:
     for attention in context.views.attentions:
         made = _edit(config, context, attention)
         if isinstance(made, str):
-            declines.append(Decline(attention.path, made))
+            declines.append(Decline(context.views.candidate(attention), made))
         else:
             edits.append(made)
     if not edits and not declines:

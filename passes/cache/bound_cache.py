@@ -118,7 +118,7 @@ class BoundCache(Pass):
         for attention in context.views.attentions:
             block = layers.get(attention.core)
             if block is None or not context.covers(block.index, block.path):
-                declines.append(Decline(attention.path, "where does not cover it"))
+                declines.append(Decline(context.views.candidate(attention), "where does not cover it"))
                 continue
             reason = fits(attention)
             if reason is None and self.positions == "renumber":

@@ -67,7 +67,7 @@ class LearnGates(Pass):
             if attention.core.target is bounded_attention:
                 reason = "it is bounded already"
             if reason is not None:
-                declines.append(Decline(attention.path, reason))
+                declines.append(Decline(context.views.candidate(attention), reason))
                 continue
             edits.append(Gate(attention.path, attention.core.name, attention.kv_heads, self.sink, self.recent))
         if not edits:

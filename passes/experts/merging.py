@@ -115,7 +115,7 @@ def plan(config: MergeExperts, context: Context) -> Plan:
     for bank in views.experts:
         reason = _reason(context, bank)
         if reason is not None:
-            declines.append(Decline(bank.path, reason))
+            declines.append(Decline(views.candidate(bank), reason))
             continue
         wanted = config.keep.of(bank.experts, {"experts": bank.experts, "layers": len(views.blocks)})
         count = max(1, round(wanted))

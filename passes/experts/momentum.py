@@ -76,7 +76,7 @@ def plan(config: AddMomentum, context: Context) -> Plan:
     for bank in views.experts:
         block = next((block for block in views.blocks if bank in block.experts), None)
         if block is None:
-            declines.append(Decline(bank.path, "it lies outside the layers"))
+            declines.append(Decline(views.candidate(bank), "it lies outside the layers"))
             continue
         sublayer = next(s for s in block.sublayers if bank.down.node in s.nodes)
         branch = _branch(sublayer)

@@ -93,7 +93,7 @@ def candidates(context: Context, choices: Choices) -> tuple[list[Experts], list[
         if reason is None:
             found.append(bank)
         else:
-            declines.append(Decline(bank.path, reason))
+            declines.append(Decline(views.candidate(bank), reason))
     for one in views.unseen:
         if one.what.startswith("experts "):
             declines.append(Decline(one.what.partition(" ")[2], one.reason))
