@@ -234,7 +234,7 @@ def _copied(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.
     if node.target is aten.reshape.default:
         return graph.call_function(node.target, (made[node.args[0]], [-1, *node.meta["val"].shape[1:]]))  # type: ignore[index]
     if node.target is aten.squeeze.dim:
-        return _without(graph, made[node.args[0]], node.args[1] % node.args[0].meta["val"].dim())  # type: ignore
+        return _without(graph, made[node.args[0]], node.args[1] % node.args[0].meta["val"].dim())
     return graph.node_copy(node, lambda one: made[one])
 
 

@@ -74,7 +74,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         load_bundle(bundle, cached())
 
 
-def test_a_loaded_bundle_computes_the_same(tmp_path: Path) -> None:
+def test_a_loaded_bundle_has_the_graph_and_the_sources_that_were_lowered(tmp_path: Path) -> None:
     """The graph of a bundle is the graph that was lowered, library calls included."""
     made = lower(cached(), "cuda", dtype=torch.float32, sizes={"B": 1, "S": 1})
     save_bundle(made, tmp_path / "bundle", "sm_80", SIZES)
