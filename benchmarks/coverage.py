@@ -4,10 +4,10 @@
     python benchmarks/coverage.py --auto all --selected    # of every other task the classes named in small_models.SELECTED
     python benchmarks/coverage.py --auto all               # every class of every auto class (hours)
     python benchmarks/coverage.py --only llama gpt2        # these again
-    python benchmarks/coverage.py --only llama --results /tmp/mine.json --print
+    python benchmarks/coverage.py --only llama --results mine.json   # these, beside the stored results
 
 Every class runs in a forked child of its own, so that transformers is imported once and a class that hangs is ended. The
-models are built by benchmarks/small_models.py, which also counts, from the module tree, what the views should find. Figures:
+models are built by small_models.py; model_parts.py counts, from the module tree, what the views should find. Figures:
 benchmarks/results/coverage.json; table: docs/coverage.md.
 """
 
@@ -34,13 +34,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from coverage_page import page
+from model_parts import count_parts
 from small_models import (
     AUTOS,
     LAYERS,
     SELECTED,
     NotBuiltError,
     build,
-    count_parts,
     ended,
     model_types,
     run,
