@@ -320,3 +320,78 @@ def test_a_router_of_one_rank_can_be_trained() -> None:
     router = runner.values[place] = runner.values[place].clone().requires_grad_()
     runner(**given(one, {"B": 2, "S": 9}, 0))[0].square().sum().backward()
     assert float(router.grad.abs().max()) > 1e-6
+
+
+ALONE = replace(SHAPE, kv_heads=4)
+SEEING = [
+    (SHAPE, {"unit": "kv_group", "keep": 1}),
+    (SHAPE, {"unit": "kv_group", "keep": 1, "by": "router"}),
+    (ALONE, {"keep": 3, "shared": 1, "by": "router"}),
+    (ALONE, {"experts": 2, "keep": 1}),
+    (replace(ALONE, window=3, causal=False, positions="none"), {"keep": 2}),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), SEEING)
+def test_who_takes_a_head_sees_those_that_took_it(shape: Shape, options: dict[str, Any]) -> None:
+    one = build(shape)
+    config = made(MixHeads, attends="routed", **options)
+    case = check(config, one)
+    for law in ("save_and_load_keep_bits", "generation_is_kept", "gradients_flow"):
+        LAWS[law](config, one)
+    everyone = trial(made(MixHeads, **options), one).after
+    # A router of zeros lets all tokens take the same heads.
+    assert (float((run(case.after) - run(everyone)).abs().max()) > 1e-3) == ("by" not in options)
+
+
+def test_a_head_attends_as_if_the_others_tokens_were_not_there() -> None:
+    case = trial(made(MixHeads, attends="routed", keep=2), build(replace(ALONE, layers=1, positions="none")))
+    rewriter = Rewriter(case.after)
+    core = next(n for n in case.after.graph.graph.nodes if n.target is torch.ops.graphopt.attention.default)
+    (gated,) = core.users
+    for name, node in (*zip("qkv", core.args, strict=False), ("made", gated)):
+        rewriter.add_output(name, rewriter.node(node))
+    rewriter.add_output("gate", rewriter.node(gated.args[1]))
+    _, q, k, v, found, gate = rewriter.finish().module(torch.float64)(**given(case.program, {"B": 1, "S": 9}, 0))
+    size = k.shape[-1] - 1
+    for head in range(4):
+        here = gate[0, head, :, 0] > 0
+        assert 0 < int(here.sum()) < 9
+        taken = [x[:, head : head + 1, here, :size] for x in (q, k, v)]
+        wanted = torch.nn.functional.scaled_dot_product_attention(*taken, is_causal=True)
+        torch.testing.assert_close(found[:, head : head + 1, here], wanted, rtol=1e-12, atol=1e-12)
+        assert not found[:, head, ~here].any()
+
+
+def test_all_heads_by_a_router_of_zeros_see_all_tokens() -> None:
+    one = build(ALONE)
+    case = check(made(MixHeads, attends="routed", keep="heads", by="router"), one)
+    torch.testing.assert_close(run(case.after), run(one), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attends", ["all", "routed"])
+def test_sequences_choose_heads_as_one(attends: str) -> None:
+    one = build(ALONE)
+    case = check(made(MixHeads, attends=attends, each="sequence", keep=2), one)
+    inputs = given(one, {"B": 1, "S": 9}, 0)
+    gates = [n for n in case.after.graph.graph.nodes if n.target is torch.ops.aten.scatter.value]
+    rewriter = Rewriter(case.after)
+    for i, gate in enumerate(gates):
+        rewriter.add_output(f"gate{i}", rewriter.node(gate))
+    _, *found = rewriter.finish().module(torch.float64)(**inputs)
+    assert all(bool((gate == gate[:, :1]).all()) for gate in found)
+    assert all(bool((gate.sum(-1) == 2).all()) for gate in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("llama", {"keep": 1}, "each with keys of its own"),
+        ("llama", {"keep": 1, "experts": 3}, "make no 3 groups"),
+        ("gemma2", {"keep": 1, "unit": "kv_group"}, "capped"),
+    ],
+)
+def test_tokens_that_cannot_be_hidden_are_declined(name: str, options: dict[str, Any], reason: str) -> None:
+    plan = trial(made(MixHeads, attends="routed", **options), program(name)).plan
+    assert not plan.edits
+    assert all(reason in decline.reason for decline in plan.declines)
