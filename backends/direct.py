@@ -17,10 +17,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.backends.index import sizes_of
+from graphopt.backends.library import linear, rms_norm, rotate
 
 _nn = torch._C._nn
-# Multiplications from which on oneDNN, called for plain weights, is faster than the library behind torch.nn.functional.
-_LARGE = 1 << 20
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 _AUGMENTED = {getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, name[1:])}
 _AUGMENTED |= {operator.iand, operator.ior, operator.setitem}
@@ -46,29 +45,6 @@ def calls(graph: fx.Graph) -> dict[str, int]:
             name = f"Tensor.{node.target}" if node.op == "call_method" else node._pretty_print_target(node.target)
             counts[name] = counts.get(name, 0) + 1
     return counts
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x `[.., in]` times weight `[out, in]`, with oneDNN where there is enough to do: it asks more for a call."""
-    if x.numel() * weight.shape[0] < _LARGE:
-        return _nn.linear(x, weight, bias)  # type: ignore[no-any-return]
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", (), "")  # type: ignore[no-any-return]
-
-
-def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, times `weight`, with one tensor of x's size beside the result."""
-    scale = torch.mul(x, x).mean(-1, True).add_(eps).rsqrt_()
-    result = torch.mul(x, scale)
-    return result if weight is None else result.mul_(weight)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the features `[.., D]`, pairing i with i + D/2, without a turned copy."""
-    half = x.shape[-1] // 2
-    result = torch.mul(x, cos)
-    result.narrow(-1, 0, half).addcmul_(x.narrow(-1, half, half), sin.narrow(-1, 0, half), value=-1)
-    result.narrow(-1, half, half).addcmul_(x.narrow(-1, 0, half), sin.narrow(-1, half, half))
-    return result
 
 
 def _value(node: Any) -> FakeTensor | None:

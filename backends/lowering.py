@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from graphopt.backends.fuse import Group, Partition, impure
 from graphopt.backends.kernel import Kernel
 from graphopt.backends.load import callable_of
 from graphopt.backends.prepare import decompositions, references, share_factors
-from graphopt.backends.report import CallReport, GroupReport, library_reports
+from graphopt.backends.report import GroupReport, library_reports
+from graphopt.backends.running import Lowered
 from graphopt.diagnostics import PlanError
 
 # Up to here a product is bound by the bytes of its weights, and a generated kernel may beat the library's.
@@ -28,7 +29,8 @@ class Options:
     """How to lower: `interpret` runs kernels under Triton's interpreter; `cpu` says what runs a graph on a CPU.
 
     `products`: "auto" generates matrix products with few rows, "triton" all, "library" none. `spec` is the Dynamo door's.
-    `tune` chooses block sizes by time on the device, when arguments of new sizes come.
+    `tune` chooses block sizes by time on the device, when arguments of new sizes come. `pack` lets a lowered program hold
+    large weights in the order that a CPU's products read: what is written into the model later is not seen in them.
     """
 
     interpret: bool = False
@@ -39,6 +41,7 @@ class Options:
     target: str | None = None
     spec: Any = None
     tune: bool = False
+    pack: bool = True
 
     @classmethod
     def of(cls, options: dict[str, Any] | None) -> Options:
@@ -92,37 +95,6 @@ class Options:
     def kernels_on(self, target: str) -> bool:
         """Whether a graph for `target` becomes generated kernels."""
         return self.interpret or target != "cpu"
-
-
-@dataclass
-class Lowered:
-    """A lowered graph: call it with a list of arguments in graph order."""
-
-    run: Callable[..., Any]
-    target: str
-    mode: str
-    backward: str | None = None
-    groups: list[Any] = field(default_factory=list)
-    library: dict[str, int] = field(default_factory=dict)
-    calls: list[CallReport] = field(default_factory=list)
-    graph: fx.GraphModule | None = None
-    _boxed_call: bool = True
-
-    def __call__(self, arguments: list[Any]) -> Any:
-        """Run; the list is emptied, so that arguments are freed as they are used."""
-        values = list(arguments)
-        arguments.clear()
-        return self.run(*values)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain data: what runs as which kernel, and what as library calls."""
-        return {
-            "target": self.target,
-            "mode": self.mode,
-            "backward": self.backward,
-            "groups": [group.describe() for group in self.groups],
-            "library": dict(sorted(self.library.items())),
-        }
 
 
 def lower_graph(graph: fx.GraphModule, target: str, options: Options) -> Lowered:

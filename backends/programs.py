@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -13,60 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from graphopt.backends.lowering import Lowered, Options, lower_graph
+from graphopt.backends.cpu import library_graph
+from graphopt.backends.direct import calls as count_calls
+from graphopt.backends.lowering import Options, lower_graph
 from graphopt.backends.prepare import decompositions
-from graphopt.backends.replay import Capture, Replay, cuda_graph, obstacle
+from graphopt.backends.report import library_reports
+from graphopt.backends.running import Lowered, LoweredProgram
+from graphopt.cost.count import dimension_names
 from graphopt.diagnostics import PlanError
 from graphopt.ir.program import Program, specialise
-from graphopt.ir.run import bind_inputs, specialised
+from graphopt.ir.run import specialised
 from graphopt.ir.shapes import symbols
-
-
-@dataclass
-class LoweredProgram:
-    """A program with its weights on a device and its graph as kernels; call it as `program.module()`'s result.
-
-    `symbols` names the dimensions that stayed symbolic in the groups' formulae.
-    """
-
-    program: Program
-    lowered: Lowered
-    device: str
-    dtype: torch.dtype
-    symbols: Mapping[sympy.Symbol, sympy.Symbol]
-    _weights: list[torch.Tensor] | None = field(default=None, repr=False)
-
-    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, ...]:
-        """Run on inputs by name; returns a tuple as in `entry.outputs`."""
-        return self._run(lambda *arguments: tuple(self.lowered(list(arguments))), inputs)
-
-    def replayed(self, capture: Capture | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The program by CUDA graphs: called with inputs by name, it launches all kernels of a step at once.
-
-        Caches must stay where they are from step to step, and every set of shapes is recorded once. `capture` records
-        otherwise than by CUDA. Raises PlanError when launches cannot be repeated, with the reason.
-        """
-        reason = obstacle(self.lowered)
-        if reason is None and capture is None and self.device == "cpu":
-            reason = "a CPU has no graphs of launches"
-        if reason is not None:
-            raise PlanError.of("no_replay", f"the program cannot be replayed: {reason}")
-        held = [True] * len(self._names())
-        held += [spec.role == "cache" for spec in self.program.entry.inputs]
-        replay = Replay(lambda *arguments: tuple(self.lowered(list(arguments))), held, capture or cuda_graph)
-        return lambda **inputs: self._run(replay, inputs)
-
-    def _names(self) -> list[str]:
-        return [node.meta["weight"] for node in self.program.graph.graph.nodes if "weight" in node.meta]
-
-    def _run(self, run: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        if self._weights is None:
-            names = self._names()
-            self._weights = [self.program.weights.evaluate(name, self.dtype, self.device) for name in names]
-        # What was compiled for inputs without holes must not get positions that are one row for the whole batch.
-        bound = [value.contiguous() for value in bind_inputs(self.program, inputs, self.device, self.dtype)]
-        with torch.no_grad():
-            return tuple(run(*self._weights, *bound))
 
 
 def lower(
@@ -79,8 +35,8 @@ def lower(
 ) -> LoweredProgram:
     """Lower a program for `target` ("cpu" or "cuda"); `sizes` fixes dimensions, so that kernels may rely on them.
 
-    With every dimension but the cache's fixed to one token, products become matrix-vector kernels. Raises PlanError for
-    an unknown option or dimension.
+    With every dimension but the cache's fixed to one token, products become matrix-vector kernels. What library calls on
+    a CPU serve is not traced and serves every size. Raises PlanError for an unknown option or dimension.
     """
     unknown = sorted(set(sizes or {}) - {dim.name for dim in program.dims})
     if unknown:
@@ -89,6 +45,13 @@ def lower(
     chosen = Options.of(options)
     if chosen.spec is not None:
         raise PlanError.of("spec_on_program", "lower takes no spec", help=("call graphopt.compile(program, spec)",))
+    if not chosen.kernels_on(target) and chosen.cpu == "eager":
+        calls = library_reports(program.graph.graph, ())
+        module, packed = library_graph(program, kind, chosen.pack)
+        lowered = Lowered(
+            module.forward, target, "eager library calls", library=count_calls(module.graph), calls=calls, graph=module
+        )
+        return LoweredProgram(program, lowered, target, kind, dimension_names(program), packed)
     graph, names = traced(program, kind, sizes or {}, chosen.decompositions(target), target)
     return LoweredProgram(program, lower_graph(graph, target, chosen), target, kind, names)
 

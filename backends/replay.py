@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from graphopt.backends.lowering import Lowered
+from graphopt.backends.running import Lowered
 
 Outputs: TypeAlias = tuple[Any, ...]
 Capture: TypeAlias = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
@@ -28,7 +28,7 @@ _REFUSED = {
 
 def obstacle(lowered: Lowered) -> str | None:
     """Why the launches of a lowered graph cannot be repeated as they are; None when they can."""
-    if lowered.graph is None:
+    if lowered.graph is None or not any("kernel" in node.meta for node in lowered.graph.graph.nodes):
         return f"it runs as {lowered.mode}"
     for node in lowered.graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):

@@ -205,7 +205,7 @@ def constant(graph: Any, *_: Any) -> Any:
     """What `lower_graph` gives, with results that were computed once: all that is left of a call is around the work."""
     import torch
 
-    from graphopt.backends.lowering import Lowered
+    from graphopt.backends.running import Lowered
 
     def empty(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

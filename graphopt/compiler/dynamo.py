@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from graphopt.backends.direct import calls, direct
-from graphopt.backends.lowering import Lowered, Options, lower_graph
+from graphopt.backends.lowering import Options, lower_graph
 from graphopt.backends.prepare import raise_sdpa
+from graphopt.backends.running import Lowered
 
 
 def backend(

@@ -18,7 +18,8 @@ from torch import fx
 from torch._guards import tracing
 
 from graphopt.backends.lowering import Options
-from graphopt.backends.programs import LoweredProgram, lower
+from graphopt.backends.programs import lower
+from graphopt.backends.running import LoweredProgram
 from graphopt.compiler.compile import capture, compile
 from graphopt.diagnostics import PlanError
 from graphopt.frontend.pretrained import directory_of
@@ -117,7 +118,7 @@ def _transformed(module: torch.nn.Module, target: str, options: Options) -> Tran
         before = capture(module)
         home = directory_of(module)
         before = replace(before, origin=replace(before.origin, path=str(home) if home else None))
-        after = lower(compile(before, loaded), target, **chosen)
+        after = lower(compile(before, loaded), target, **chosen, pack=False)
         store = after.program.weights
         read = [node.meta["weight"] for node in after.program.graph.graph.nodes if "weight" in node.meta]
         frozen = tuple(n for n in read if store[n].kind != "constant" and not isinstance(store[n].expr, Source))

@@ -8,8 +8,8 @@ from typing import Any
 
 import sympy
 
-from graphopt.backends.programs import LoweredProgram
 from graphopt.backends.report import CallReport, GroupReport
+from graphopt.backends.running import LoweredProgram
 from graphopt.diagnostics import PlanError, did_you_mean
 from graphopt.report.page import Page
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from graphopt.backends import lower
-from graphopt.backends.bundle import load_bundle, save_bundle
+from graphopt.backends.bundle import load_bundle
+from graphopt.backends.bundler import save_bundle
 from graphopt.diagnostics import PlanError
 from tests.backends.test_replay import cached
-from tests.tiny import program
+from tests.tiny import make_model, program, tokens
 
 SIZES = {"B": 1, "S": 1, "C": 32}
 SECOND = """
@@ -24,7 +25,8 @@ from pathlib import Path
 import triton
 from triton.compiler import ASTSource
 from graphopt.backends import lowering, programs
-from graphopt.backends.bundle import compile_all, load_bundle
+from graphopt.backends.bundle import load_bundle
+from graphopt.backends.bundler import compile_all
 from tests.backends.test_replay import cached
 
 def never(*_, **__):
@@ -92,6 +94,44 @@ def test_a_loaded_bundle_has_the_graph_and_the_sources_that_were_lowered(tmp_pat
             assert mine.target == other.target
 
 
-def test_library_calls_have_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="eager library calls"):
-        save_bundle(lower(program("llama"), "cpu"), tmp_path / "bundle", "sm_90", {"B": 1, "S": 1})
+ALONE = """
+import sys
+from pathlib import Path
+import torch
+from graphopt.backends.bundle import load_bundle
+
+given, wanted = torch.load(sys.argv[2])
+(got,) = load_bundle(Path(sys.argv[1]))(input_ids=given)
+print([name for name in ("torch._dynamo", "transformers", "sympy", "triton") if name in sys.modules])
+torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_bundle_with_weights_needs_neither_a_model_nor_a_compiler(name: str, tmp_path: Path) -> None:
+    """A second process computes what the model does, and imports nothing that captures or compiles."""
+    save_bundle(lower(program(name), "cpu"), tmp_path / "bundle", "cpu", {}, weights=True)
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        torch.save((ids, make_model(name)(ids).logits), tmp_path / "case.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "bundle"), str(tmp_path / "case.pt")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "[]\n"
+
+
+def test_what_is_bundled_for_another_device_is_refused(tmp_path: Path) -> None:
+    source = program("llama")
+    with pytest.raises(PlanError, match="eager library calls on cpu"):
+        save_bundle(lower(source, "cpu"), tmp_path / "bundle", "sm_90", {"B": 1, "S": 1})
+    with pytest.raises(PlanError, match="interpreted"):
+        save_bundle(lower(source, "cpu", interpret=True), tmp_path / "bundle", "cpu", {})
+    save_bundle(lower(source, "cpu"), tmp_path / "bundle", "cpu", {})
+    with pytest.raises(PlanError, match="no weights"):
+        load_bundle(tmp_path / "bundle")
+    ids = tokens(1, 5)
+    torch.testing.assert_close(load_bundle(tmp_path / "bundle", source)(input_ids=ids), source.module()(input_ids=ids))
