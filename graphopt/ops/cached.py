@@ -7,6 +7,7 @@ sizes of keys and values.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ class Slots:
         if self.used > capacity or min(held) < 0:
             raise ValueError(f"{max(held)} entries and {count} new ones do not fit a cache of {capacity}")
         self.start = held[0] if held.count(held[0]) == len(held) else None
-        self.chain = ancestors is None or count == 1 or self._is_chain(ancestors)
         self._visible: dict[int | None, torch.Tensor | None] = {}
         self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
         self._at: torch.Tensor | None = None
@@ -51,9 +51,13 @@ class Slots:
         """lengths and capacity of the caches behind each stage at which tokens leave"""
         self._behind: dict[int, Slots] = {}
 
-    def _is_chain(self, ancestors: torch.Tensor) -> bool:
-        lower = torch.ones(self.count, self.count, dtype=torch.bool, device=ancestors.device).tril()
-        return bool((ancestors == lower).all())
+    @cached_property
+    def chain(self) -> bool:
+        """Whether the new tokens stand one behind the other."""
+        if self.ancestors is None or self.count == 1:
+            return True
+        lower = torch.ones(self.count, self.count, dtype=torch.bool, device=self.ancestors.device).tril()
+        return bool((self.ancestors == lower).all())
 
     @property
     def positions(self) -> torch.Tensor:
@@ -71,7 +75,7 @@ class Slots:
     @property
     def causal(self) -> bool:
         """Whether this is a plain prefill of equal rows, which needs no mask tensor."""
-        return self.start == 0 and self.chain and self.count > 1
+        return self.start == 0 and self.count > 1 and self.chain
 
     @property
     def at(self) -> torch.Tensor:
@@ -123,12 +127,15 @@ class Slots:
                 return None
             recent: torch.Tensor = self.places > self.positions - window
             return recent[:, None, None]
+        ancestors = self.ancestors
+        if ancestors is None:
+            ancestors = torch.ones(1, self.count, self.count, dtype=torch.bool, device=self.lengths.device).tril()
+        if self.start is not None and window is None:
+            # New tokens stand in the last columns of all rows; everything before them is seen.
+            return F.pad(ancestors.to(torch.bool), (self.start, 0), value=True)[:, None]
         columns = torch.arange(self.used, device=self.lengths.device)
         offset = columns - self.lengths[:, None]
         new = (offset >= 0) & (offset < self.count)
-        ancestors = self.ancestors
-        if ancestors is None:
-            ancestors = torch.ones(1, self.count, self.count, dtype=torch.bool, device=columns.device).tril()
         rows = self.lengths.shape[0]
         index = offset.clamp(0, self.count - 1)[:, None].expand(-1, self.count, -1)
         seen: torch.Tensor = ancestors.to(torch.bool).expand(rows, -1, -1).gather(2, index) & new[:, None]

@@ -36,16 +36,37 @@ class Cache:
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs rows and slots, not {batch} and {capacity}")
         self.batch, self.capacity = batch, capacity
-        self.buffers: dict[str, torch.Tensor] = {}
-        given = {} if shared is None else shared.buffers
+        given: dict[str, torch.Tensor] = {} if shared is None else shared.buffers
         rooms = room(program, capacity, {"B": batch, **(sizes or {})})
-        for spec in program.entry.inputs:
-            if spec.role == "cache" and spec.name in given:
-                self.buffers[spec.name] = given[spec.name]
-            elif spec.role == "cache":
+        leaves = [spec.name for spec in program.entry.inputs if spec.role == "entries"]
+        behind = {f"C{stage}": name for stage, name in enumerate(leaves, 1)}
+        specs = [spec for spec in program.entry.inputs if spec.role == "cache"]
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        for spec in specs:
+            if spec.name not in given:
                 kind = specialise(spec.dtype, model=program.dtype, target=dtype, device=device)
-                self.buffers[spec.name] = torch.zeros(sizes_of(spec, batch, capacity, rooms), dtype=kind, device=device)
-        self.own = any(name not in given for name in self.buffers)
+                form = sizes_of(spec, batch, capacity, rooms), kind, spec.shape[2]
+                alike.setdefault(form, []).append(spec.name)
+        # Buffers alike are slices of one, so that entries move in all of them at once.
+        blocks = [torch.zeros(len(names), *form[0], dtype=form[1], device=device) for form, names in alike.items()]
+        slices = {
+            name: part
+            for names, block in zip(alike.values(), blocks, strict=True)
+            for name, part in zip(names, block, strict=True)
+        }
+        self.buffers: dict[str, torch.Tensor] = {
+            spec.name: given[spec.name] if spec.name in given else slices[spec.name] for spec in specs
+        }
+        self.own = bool(alike)
+        # Blocks `[n, B, K, C, D]` of what grows, and behind which stage.
+        self._growing = [
+            (block, behind.get(form[2])) for form, block in zip(alike, blocks, strict=True) if isinstance(form[2], str)
+        ]
+        self._growing += [
+            (given[spec.name][None], behind.get(spec.shape[2]))
+            for spec in specs
+            if spec.name in given and isinstance(spec.shape[2], str)
+        ]
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -56,7 +77,6 @@ class Cache:
             )
         for held in self.held:
             held.clear(self.buffers)
-        leaves = [spec.name for spec in program.entry.inputs if spec.role == "entries"]
         self.entries = {name: torch.zeros_like(self.lengths) for name in leaves}
         self.rooms = [rooms.get(f"C{stage}", capacity) for stage in range(1, len(leaves) + 1)]
         self.leaves = any(spec.role == PROMPT for spec in program.entry.inputs)
@@ -64,12 +84,6 @@ class Cache:
             raise PlanError.of("tokens_leave", "tokens leave this program, so no other one can share its cache")
         self._prompt: torch.Tensor | None = None
         self._least = torch.zeros_like(self.lengths)
-        behind = {f"C{stage}": name for stage, name in enumerate(leaves, 1)}
-        self._growing = [
-            (spec.name, behind.get(str(spec.shape[2])))
-            for spec in program.entry.inputs
-            if spec.role == "cache" and isinstance(spec.shape[2], str)
-        ]
         self._outputs = program.entry.outputs
         self._results: dict[str, torch.Tensor] = {}
         # What the decoder works out once for a text, by form of the step: its arguments, and tables by place.
@@ -123,24 +137,23 @@ class Cache:
             start, source = int(self.lengths), path[0, : len(kept[0])] + self.lengths
             if start + kept[0][-1] >= self.capacity:
                 raise ValueError(f"{start + kept[0][-1] + 1} entries do not fit a cache of {self.capacity}")
-            for name, stage in self._growing:
-                buffer = self.buffers[name]
+            for block, stage in self._growing:
                 shift = 0 if stage is None else start - int(self.entries[stage])
-                buffer.narrow(2, start - shift, len(source)).copy_(buffer.index_select(2, source - shift))
+                block.narrow(3, start - shift, len(source)).copy_(block.index_select(3, source - shift))
         else:
             self._move_rows(path)
         self._raise(count, path)
 
     def _move_rows(self, path: torch.Tensor) -> None:
         steps = torch.arange(path.shape[1], device=path.device)
-        for name, stage in self._growing:
-            buffer, lengths = self.buffers[name], self.lengths if stage is None else self.entries[stage]
-            last = buffer.shape[2] - 1
+        for block, stage in self._growing:
+            lengths = self.lengths if stage is None else self.entries[stage]
+            last = block.shape[3] - 1
             source = (lengths[:, None] + torch.where(path >= 0, path, steps)).clamp(max=last)
             target = (lengths[:, None] + steps).clamp(max=last)
-            shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-            moved = buffer.gather(2, source[:, None, :, None].expand(shape))
-            buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
+            shape = (len(block), -1, block.shape[2], -1, block.shape[4])
+            moved = block.gather(3, source[None, :, None, :, None].expand(shape))
+            block.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
 
     def _raise(self, counts: torch.Tensor, path: torch.Tensor | None = None) -> None:
         longest = int((self.lengths + counts).max())

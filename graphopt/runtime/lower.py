@@ -7,6 +7,7 @@ token of such text, which needs no transposing; and for everything else.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -312,16 +313,20 @@ class _Writer:
             multiply, rest = packed_linear()
             product = self.graph.call_function(multiply, (x, weight, bias, *rest))
         else:
-            weight = self._named(f"weight {name}", lambda: _by_columns(weights))
-            product = self.graph.call_function(NATIVE[aten.linear.default], (x, weight, bias))
+            weight = self._named(f"weight {name}", lambda: _by_columns(weights) if biased else _by_columns(weights).t())
+            multiply = NATIVE[aten.linear.default] if biased else torch.matmul
+            product = self.graph.call_function(multiply, (x, weight, bias) if biased else (x, weight))
         if len(group) > 1 and self._split_heads(group, product):
             return
-        start = 0
-        for node in group:
-            width = node.meta["val"].shape[-1]
-            whole = len(group) == 1
-            self.made[node] = product if whole else self.graph.call_function(torch.narrow, (product, -1, start, width))
-            start += width
+        widths = [node.meta["val"].shape[-1] for node in group]
+        self.made |= zip(group, self._pieces(product, widths, -1), strict=True)
+
+    def _pieces(self, x: fx.Node, sizes: list[int], axis: int) -> list[fx.Node]:
+        """A value cut along an axis."""
+        if len(sizes) == 1:
+            return [x]
+        cut = self.graph.call_method("split_with_sizes", (x, sizes, axis))
+        return [self.graph.call_function(operator.getitem, (cut, i)) for i in range(len(sizes))]
 
     def _packed(self, group: list[fx.Node]) -> bool:
         """Whether a product reads packed weights: with several rows always, with one if they are large."""
@@ -342,24 +347,23 @@ class _Writer:
         call = self.graph.call_function
         rows, count = (self._operand(n) if isinstance(n, fx.Node) else n for n in views[0].args[1][:2])
         if self.single and count == 1:
-            whole = call(torch.Tensor.view, (product, [rows, -1, 1, size]))
+            whole = self.graph.call_method("view", (product, rows, -1, 1, size))
         else:
-            whole = call(torch.transpose, (call(torch.Tensor.view, (product, [rows, count, -1, size])), 1, 2))
+            whole = call(torch.transpose, (self.graph.call_method("view", (product, rows, count, -1, size)), 1, 2))
         heads = [node.meta["val"].shape[-1] // size for node in group]
         rotations = [reader for node in turned if self._turns(reader := _only_reader(node)) and reader is not None]
         alike = 0
         while alike < len(rotations) and _alike(turned[alike], rotations[alike], rotations[0]):
             alike += 1
-        at, together = 0, whole
         if alike > 1:
-            together = self._turn(rotations[0], call(torch.narrow, (whole, 1, 0, sum(heads[:alike]))))
-        for i, (view, transposed) in enumerate(zip(views, turned, strict=True)):
-            self.made[view] = whole
-            source = together if i < alike and alike > 1 else whole
-            self.made[transposed] = piece = call(torch.narrow, (source, 1, at, heads[i]))
-            if source is not whole:
-                self.made[rotations[i]] = piece
-            at += heads[i]
+            first, *pieces = self._pieces(whole, [sum(heads[:alike]), *heads[alike:]], 1)
+            rotated = self._pieces(self._turn(rotations[0], first), heads[:alike], 1)
+            self.made |= zip(rotations, rotated, strict=False)
+            pieces = [*rotated, *pieces]
+        else:
+            pieces = self._pieces(whole, heads, 1)
+        self.made |= dict.fromkeys(views, whole)
+        self.made |= zip(turned, pieces, strict=True)
         return True
 
     def _turns(self, node: fx.Node | None) -> bool:

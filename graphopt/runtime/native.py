@@ -17,7 +17,7 @@ _nn = torch._C._nn
 _ROWS = 8
 
 NATIVE: dict[Any, Callable[..., Any]] = {
-    aten.add.Tensor: torch.add,
+    aten.add.Tensor: torch.Tensor.add,
     aten.add_.Tensor: torch.Tensor.add_,
     aten.addmm.default: torch.addmm,
     aten.bmm.default: torch.bmm,
@@ -25,7 +25,7 @@ NATIVE: dict[Any, Callable[..., Any]] = {
     aten.clone.default: torch.clone,
     aten.contiguous.default: torch.Tensor.contiguous,
     aten.cos.default: torch.cos,
-    aten.div.Tensor: torch.div,
+    aten.div.Tensor: torch.Tensor.div,
     aten.embedding.default: torch.embedding,
     aten.expand.default: torch.Tensor.expand,
     aten.gelu.default: _nn.gelu,
@@ -34,7 +34,7 @@ NATIVE: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: torch.matmul,
     aten.mean.dim: torch.mean,
     aten.mm.default: torch.mm,
-    aten.mul.Tensor: torch.mul,
+    aten.mul.Tensor: torch.Tensor.mul,
     aten.neg.default: torch.neg,
     aten.permute.default: torch.permute,
     aten.pow.Tensor_Scalar: torch.pow,
@@ -48,7 +48,7 @@ NATIVE: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: torch.split_with_sizes,
     aten.squeeze.dim: torch.squeeze,
     aten.stack.default: torch.stack,
-    aten.sub.Tensor: torch.sub,
+    aten.sub.Tensor: torch.Tensor.sub,
     aten.sym_size.int: torch.Tensor.size,
     aten.tanh.default: torch.tanh,
     aten.to.dtype: torch.Tensor.to,
@@ -76,12 +76,11 @@ def packed_linear() -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: torch.Tensor, share: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) times `weight` `[d]` in x's own (float32 or wider) dtype; `share` is 1 / d."""
-    scale = torch.mul(x, x).sum(-1, True)
-    scale = torch.add(eps, scale, alpha=share).rsqrt_()
-    normed = torch.mul(x, scale)
+    size = torch.linalg.vector_norm(x, 2, -1, True)
+    normed = x.mul(eps.addcmul(size, size, value=share).rsqrt_())
     return normed if weight is None else normed.mul_(weight)
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
     """Rotary embedding of all features of `[B, H, S, D]`, pairing i with i + D/2; `sin` is negated in its first half."""
-    return torch.addcmul(torch.mul(x, cos), torch.roll(x, half, -1), sin)
+    return x.mul(cos).addcmul_(x.roll(half, -1), sin)

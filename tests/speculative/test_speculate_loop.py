@@ -108,3 +108,16 @@ def test_a_budget_of_one_asks_no_drafter_and_is_plain_decoding() -> None:
         assert streamed == wanted[5:]
         if drafter is not None:
             assert list(drafter.told) == wanted[5:-1]
+
+
+def test_of_plain_steps_in_a_row_only_the_results_that_a_drafter_reads_are_kept() -> None:
+    class Late(Guesser):
+        reads = 3
+
+    drafter = Late([])
+    got, _ = Speculator(decoder("gpt2"), drafter, Fixed(1)).generate(PROMPT, 9)
+    ((rows, path),) = drafter.seen
+    assert len(path) == len(rows.token) == 8
+    assert rows.first == 5
+    assert rows.logits.argmax(-1).tolist() == got.tolist()[-3:]
+    assert int(rows.of("logits", 6).argmax()) == got.tolist()[-2]

@@ -28,6 +28,11 @@ class Copy:
         self.tokens: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}
 
+    @property
+    def reads(self) -> int:
+        """What the fallback reads."""
+        return 0 if self.fallback is None else self.fallback.reads
+
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
         """Index the prompt."""
         self.tokens, self.ends = [], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -16,9 +17,6 @@ from graphopt.runtime.speculate.control import Controller, Fixed
 from graphopt.runtime.speculate.drafter import Drafter, Rows
 from graphopt.runtime.speculate.log import Event, Log
 from graphopt.runtime.speculate.tree import Tree
-
-_TOGETHER = 32
-"""Plain steps of which the drafter and the controller hear at once, at most: what these returned is held so long."""
 
 
 @dataclass
@@ -62,7 +60,7 @@ class Speculator:
                 if not plain:
                     budget = self.controller.budget()
                 if budget == 1:
-                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left, _TOGETHER), stops, log, stream)
+                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left), stops, log, stream)
                 else:
                     new = self._step(cache, sequence[-1], budget, left, stops, log)
                     for token in new:
@@ -104,14 +102,14 @@ class Speculator:
     ) -> list[int]:
         """At most so many tokens without drafts: what plain decoding does, and no more, so that it costs no more."""
         started, apart = self.clock(), 0.0
-        new, runs, ids = list[int](), list[tuple[torch.Tensor, ...]](), torch.tensor([[root]])
+        new, ids = list[int](), torch.tensor([[root]])
+        runs = deque[tuple[torch.Tensor, ...]](maxlen=0 if self.drafter is None else self.drafter.reads)
         while True:
             values = self.decoder.step(cache, ids)
             token = self.accept.first(values[0][0, 0])
             cache.commit(1)
             new.append(token)
-            if self.drafter is not None:
-                runs.append(values)
+            runs.append(values)
             if stream is not None:
                 before = self.clock()
                 stream(token)
@@ -120,7 +118,7 @@ class Speculator:
                 break
             ids.fill_(token)
         if self.drafter is not None:
-            rows = Rows.one_by_one((root, *new[:-1]), runs, self.decoder.program.entry.outputs, cache)
+            rows = Rows.one_by_one((root, *new[:-1]), tuple(runs), self.decoder.program.entry.outputs, cache)
             self.drafter.observe(rows, tuple(range(len(new))))
         event = Event(1, 1, 0, (self.clock() - started - apart) / len(new))
         log.events += [event] * len(new)

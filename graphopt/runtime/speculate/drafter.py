@@ -16,10 +16,11 @@ class Rows:
 
     `logits` `[N, V]` is the first result, and `outputs` maps the names of all results to rows `[N, ...]`; both are cut
     out of what the run returned when they are asked for, as plain steps often have no reader. `cache` is what the
-    program wrote: a drafter may read its committed entries, and use the slots behind them between two steps.
+    program wrote: a drafter may read its committed entries, and use the slots behind them between two steps. Of plain
+    steps in a row, results are there from token `first` on.
     """
 
-    __slots__ = ("_runs", "cache", "names", "parent", "token")
+    __slots__ = ("_runs", "cache", "first", "names", "parent", "token")
 
     def __init__(
         self,
@@ -30,15 +31,16 @@ class Rows:
         cache: Cache,
     ) -> None:
         self.token, self.parent, self.names, self.cache = token, parent, names, cache
+        self.first = 0
         self._runs: Sequence[Sequence[torch.Tensor]] = (results,)
 
     @classmethod
     def one_by_one(
         cls, token: tuple[int, ...], runs: Sequence[Sequence[torch.Tensor]], names: Sequence[str], cache: Cache
     ) -> Rows:
-        """Rows of tokens that stand one behind the other and were read in a run each."""
+        """Rows of tokens that stand one behind the other and were read in a run each, of which the last are given."""
         rows = cls(token, tuple(range(-1, len(token) - 1)), (), names, cache)
-        rows._runs = runs
+        rows._runs, rows.first = runs, len(token) - len(runs)
         return rows
 
     @property
@@ -54,7 +56,8 @@ class Rows:
     def of(self, name: str, node: int) -> torch.Tensor:
         """One row of a result."""
         index = self.names.index(name)
-        return self._runs[0][index][0, node] if len(self._runs) == 1 else self._runs[node][index][0, 0]
+        runs = self._runs
+        return runs[0][index][0, node - self.first] if len(runs) == 1 else runs[node - self.first][index][0, 0]
 
     def _rows(self, index: int) -> torch.Tensor:
         runs = self._runs
@@ -65,8 +68,13 @@ class Drafter(Protocol):
     """Proposes token trees. All calls of one sequence come in this order: begin, then (propose?, observe) again and again.
 
     A controller may leave `propose` out of steps; `observe` is then told about all tokens of such steps at once, the
-    first one's root included.
+    first one's root included, with the results of the last `reads` of them.
     """
+
+    @property
+    def reads(self) -> int:
+        """Of how many plain steps before a draft the results count. Those of more are not kept, which would take time."""
+        ...
 
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
         """A new sequence: its prompt, and what the program returned for each token of it."""

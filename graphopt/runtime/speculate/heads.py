@@ -53,6 +53,11 @@ class Heads:
         if template is not None and (self.further or template.levels > len(heads)):
             raise ValueError("a template is for independent heads, and has no more levels than there are heads")
 
+    @property
+    def reads(self) -> int:
+        """The hidden state of the last token."""
+        return 1
+
     def begin(self, prompt: tuple[int, ...], rows: Rows) -> None:
         """Take the hidden state of the prompt's last token."""
         self.hidden = rows.of("hidden", len(rows.token) - 1)

@@ -32,6 +32,11 @@ class Network:
         self._known = self._drafted = 0
 
     @property
+    def reads(self) -> int:
+        """Nothing: tokens say it all."""
+        return 0
+
+    @property
     def _follows(self) -> bool:
         """Whether there are entries that the verifying program does not write, as far as is known."""
         return self._cache is None or self._cache.own

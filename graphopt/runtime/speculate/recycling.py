@@ -20,17 +20,22 @@ class Recycle:
     """A table of the `ranks` likeliest tokens behind each token, as the program last scored them, drafts a tree.
 
     Every row that the program returns, kept or not, renews its token's line; of several rows of one token the deepest,
-    then the last, counts. Rows wait until a draft is asked for, those of `late` tokens at most, so that text without
-    drafts costs next to nothing. Nothing is proposed behind a token that was not seen. The table outlives a sequence
-    unless `remember` is false.
+    then the last, counts. Rows wait until a draft is asked for, those of `late` tokens at most and of `reads` plain
+    steps, so that text without drafts costs next to nothing. Nothing is proposed behind a token that was not seen. The
+    table outlives a sequence unless `remember` is false.
     """
 
-    def __init__(self, ranks: int = 8, remember: bool = True, late: int = 128) -> None:
+    def __init__(self, ranks: int = 8, remember: bool = True, late: int = 128, reads: int = 32) -> None:
         if not 1 <= ranks <= len(_PRIOR):
             raise ValueError(f"a line holds 1 to {len(_PRIOR)} tokens, not {ranks}")
-        self.ranks, self.remember, self.late = ranks, remember, late
+        self.ranks, self.remember, self.late, self._reads = ranks, remember, late, reads
         self._lines: dict[int, list[int]] = {}
         self._waiting: list[tuple[list[int], torch.Tensor]] = []
+
+    @property
+    def reads(self) -> int:
+        """The last plain steps that renew lines."""
+        return self._reads
 
     @property
     def table(self) -> dict[int, list[int]]:
@@ -65,14 +70,14 @@ class Recycle:
         depth = [0]
         for above in rows.parent[1:]:
             depth.append(depth[above] + 1)
-        self._take(rows, sorted(range(len(depth)), key=depth.__getitem__))
+        self._take(rows, sorted(range(rows.first, len(depth)), key=depth.__getitem__))
 
     def truncate(self, length: int) -> None:
         """The table holds no places."""
 
     def _take(self, rows: Rows, order: range | list[int]) -> None:
         last = {rows.token[node]: node for node in order[-self.late :]}
-        self._waiting.append((list(last), rows.logits[list(last.values())]))
+        self._waiting.append((list(last), rows.logits[[node - rows.first for node in last.values()]]))
         while sum(len(tokens) for tokens, _ in self._waiting[1:]) >= self.late:
             del self._waiting[0]
 
