@@ -22,6 +22,8 @@ from graphopt.backends.index import (
     Size,
     Unfusable,
     add,
+    bare,
+    both,
     expression,
     linear,
     quotient,
@@ -31,6 +33,7 @@ from graphopt.backends.index import (
     times,
 )
 from graphopt.backends.index import sizes_of as raw_sizes
+from graphopt.backends.packed import UNPACKED, unpacked
 from graphopt.backends.pointwise import CASTS, HELPERS, TRITON, cast, literal, operand_dtype, rule_of
 
 aten = torch.ops.aten
@@ -41,7 +44,6 @@ VIEWS = (*RESHAPES, aten.expand, aten.permute, aten.transpose, aten.t, aten.slic
 CREATIONS = (aten.full, aten.zeros, aten.ones, aten.full_like, aten.zeros_like, aten.ones_like, aten.scalar_tensor,
              aten.arange)  # fmt: skip
 JOINS = (aten.cat, aten.constant_pad_nd)
-DEQUANTISE = torch.ops.graphopt.dequantise
 
 
 def packet(node: Any) -> Any:
@@ -180,8 +182,9 @@ class Emitter:
             return self._cat(node, indices, guard)
         if kind is aten.constant_pad_nd:
             return self._pad(node, indices, guard)
-        if kind is DEQUANTISE:
-            return self._dequantise(node, indices, guard)
+        if kind in UNPACKED:
+            text, axes = unpacked(self, node, indices, guard)
+            return Value(self.line(text, "weight", axes), node.meta["val"].dtype, axes)
         if kind in CASTS:
             value = self.operand(node, node.args[0], indices, guard)
             return self._named(value, value.read(node.meta["val"].dtype, explicit=True), node)
@@ -248,7 +251,7 @@ class Emitter:
             offset = Index(f"{offset.text} + {axis} * 0", axes)
         conditions = [self.masks[a] for a in sorted(axes) if self.masks.get(a)] + ([guard.text] if guard else [])
         mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
-        text = f"tl.load({pointer}{'' if offset.text == '0' else f' + {_bare(offset.text)}'}{mask})"
+        text = f"tl.load({pointer}{'' if offset.text == '0' else f' + {bare(offset.text)}'}{mask})"
         if dtype in (torch.float16, torch.bfloat16) and node not in self.kept_half:
             text += ".to(tl.float32)"
         return Value(self.line(text, "v", axes), dtype, axes)
@@ -326,7 +329,7 @@ class Emitter:
             if index.constant is not None:
                 return Value(index.text, dtype, number=index.constant)
             return Value(
-                self.line(f"({_bare(index.text)}).to({TRITON[dtype]})", "count", index.axes), dtype, index.axes
+                self.line(f"({bare(index.text)}).to({TRITON[dtype]})", "count", index.axes), dtype, index.axes
             )
         constants = {aten.zeros: 0, aten.zeros_like: 0, aten.ones: 1, aten.ones_like: 1}
         number = constants.get(kind)
@@ -348,7 +351,7 @@ class Emitter:
             low = [] if number == 0 else [f"({index.text} >= {text_of(start)})"]
             high = [] if number == len(pieces) - 1 else [f"({index.text} < {text_of(end)})"]
             condition = Index(" & ".join([*low, *high]), index.axes)
-            inner = _both(guard, condition)
+            inner = both(guard, condition)
             moved = index if number == 0 else Index(f"({index.text} - {text_of(start)})", index.axes)
             value = self.value(piece, [*indices[:axis], moved, *indices[axis + 1 :]], inner)
             parts.append((high[0] if high else "", value))
@@ -372,43 +375,15 @@ class Emitter:
             index = indices[axis]
             if before:
                 moved[axis] = Index(f"({index.text} - {before})", index.axes)
-                condition = _both(condition, Index(f"({index.text} >= {before})", index.axes))
+                condition = both(condition, Index(f"({index.text} >= {before})", index.axes))
             if after:
-                condition = _both(condition, Index(f"({index.text} < {text_of(sizes[axis] + before)})", index.axes))
-        value = self.value(source, moved, _both(guard, condition) if condition else guard)
+                condition = both(condition, Index(f"({index.text} < {text_of(sizes[axis] + before)})", index.axes))
+        value = self.value(source, moved, both(guard, condition) if condition else guard)
         if condition is None:
             return value
         axes = value.axes | condition.axes
         text = f"tl.where({condition.text}, {value.read(dtype)}, {literal(fill, dtype)})"
         return Value(self.line(text, "padded", axes), dtype, axes)
-
-    def _dequantise(self, node: fx.Node, indices: list[Index], guard: Index | None) -> Value:
-        """low + scale * code, the code cut out of the one or two bytes that hold its bits."""
-        packed, scale, low, bits, group, _ = node.args
-        place, rest = indices[-1], indices[:-1]
-        if not isinstance(bits, int) or not isinstance(group, int):
-            raise Unfusable("codes of unknown width")
-        if bits == 8:
-            code = self.value(packed, [*rest, place], guard)
-            text = f"{code.text}.to(tl.float32)"
-        else:
-            start = times(place, bits)
-            byte = quotient(start, 8)
-            code = self.value(packed, [*rest, byte], guard)
-            shift = f"({_bare(start.text)}) % 8"
-            text = f"({code.text}.to(tl.int32) >> ({shift}))"
-            if 8 % bits:
-                # A code may end in the next byte; the last one of a row never does.
-                inside = Index(f"({shift} > {8 - bits})", place.axes)
-                further = self.value(packed, [*rest, add(byte, Index("1"))], _both(guard, inside))
-                text = f"({text} | ({further.text}.to(tl.int32) << (8 - {shift})))"
-            text = f"({text} & {2**bits - 1}).to(tl.float32)"
-        where = [*rest, quotient(place, group)]
-        step, least = self.value(scale, where, guard), self.value(low, where, guard)
-        axes = code.axes | step.axes | least.axes | place.axes
-        dtype = node.meta["val"].dtype
-        text = f"{least.read(torch.float32)} + {step.read(torch.float32)} * {text}"
-        return Value(self.line(text, "weight", axes), dtype, axes)
 
     def helper_sources(self) -> list[str]:
         """Functions that the written text calls."""
@@ -427,22 +402,3 @@ def _slice_start(node: fx.Node) -> Size | None:
             return min(start, size) if isinstance(size, int) else start
         return max(start + size, 0) if isinstance(size, int) else None
     return start if isinstance(start, sympy.Expr) and bool(start.is_nonnegative) else None
-
-
-def _both(left: Index | None, right: Index | None) -> Index | None:
-    texts = [each for each in (left, right) if each is not None and each.text]
-    if not texts:
-        return None
-    return Index(" & ".join(each.text for each in texts), frozenset().union(*(each.axes for each in texts)))
-
-
-def _bare(text: str) -> str:
-    """Text without one outer pair of brackets."""
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0 and position < len(text) - 1:
-            return text
-    return text[1:-1]

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from graphopt.backends import loops
-from graphopt.backends.emit import CREATIONS, DEQUANTISE, JOINS, VIEWS, packet
+from graphopt.backends.packed import UNPACKED
+from graphopt.backends.emit import CREATIONS, JOINS, VIEWS, packet
 from graphopt.backends.index import Unfusable
 from graphopt.backends.kernel import Kernel, dense_order
 from graphopt.backends.pointwise import CASTS, TRITON, rule_of
@@ -71,7 +72,7 @@ def writable(node: fx.Node, template: Callable[[fx.Node], bool]) -> bool:
     if packet(node) in CASTS:
         return not node.kwargs.keys() - {"dtype", "device", "memory_format", "layout", "pin_memory"} and bool(tensors)
     return (
-        rule_of(node) is not None or packet(node) in (*JOINS, DEQUANTISE) or loops.is_reduction(node) or template(node)
+        rule_of(node) is not None or packet(node) in (*JOINS, *UNPACKED) or loops.is_reduction(node) or template(node)
     )
 
 

@@ -107,6 +107,26 @@ def quotient(index: Index, size: int) -> Index:
     return Index(f"(({index.text}) // {size})", index.axes)
 
 
+def both(left: Index | None, right: Index | None) -> Index | None:
+    """Where both hold; None is everywhere."""
+    texts = [each for each in (left, right) if each is not None and each.text]
+    if not texts:
+        return None
+    return Index(" & ".join(each.text for each in texts), frozenset().union(*(each.axes for each in texts)))
+
+
+def bare(text: str) -> str:
+    """Text without one outer pair of brackets."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0 and position < len(text) - 1:
+            return text
+    return text[1:-1]
+
+
 def linear(indices: Sequence[Index], sizes: Sequence[Size]) -> Index:
     """The row-major position of a coordinate tuple."""
     kept = [(i, s) for i, s in zip(indices, sizes, strict=True) if not same(s, 1)]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.backends.emit import Emitter, Value, _bare, packet
-from graphopt.backends.index import ZERO, Index, Size, Unfusable, product, reshape, same, split, text_of
+from graphopt.backends.emit import Emitter, Value, packet
+from graphopt.backends.index import ZERO, Index, Size, Unfusable, bare, product, reshape, same, split, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
 from graphopt.backends.pointwise import TRITON, cast
 
@@ -77,7 +77,7 @@ class LoopEmitter(Emitter):
         for number, piece in enumerate(split(whole, sizes)):
             if piece.origin is not None:
                 name = f"{whole.text}{number}"
-                self.definitions[name] = _bare(piece.text)
+                self.definitions[name] = bare(piece.text)
                 piece = Index(name, piece.axes, piece.parts, piece.origin)
             named.append(piece)
         return named
@@ -277,7 +277,7 @@ def _store(e: LoopEmitter, node: fx.Node, name: str, indices: Sequence[Index], v
 
 def spread(offset: Index, axis: str) -> str:
     """The text of an offset that has the tile's shape even where only one element lies along `axis`."""
-    text = _bare(offset.text)
+    text = bare(offset.text)
     return text if axis in offset.axes else f"{axis} * 0" if text == "0" else f"{axis} * 0 + {text}"
 
 

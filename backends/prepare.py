@@ -152,6 +152,8 @@ def references() -> dict[Any, Callable[..., Any]]:
     return {
         ops.attention.default: library.scaled_attention,
         ops.dequantise.default: quantised._dequantise,
+        ops.from_palette.default: quantised._from_palette,
+        ops.from_sparse.default: quantised._from_sparse,
         ops.rms_norm.default: library._rms_norm,
         ops.rotary.default: library._rotary,
     }

@@ -236,6 +236,8 @@ _FREE = {
     aten.zeros_like,
     torch.ops.graphopt.attention_mask,
     torch.ops.graphopt.dequantise,
+    torch.ops.graphopt.from_palette,
+    torch.ops.graphopt.from_sparse,
     torch.ops.graphopt.rms_norm,
     torch.ops.graphopt.rotary,
     torch.ops.graphopt.put_tokens,

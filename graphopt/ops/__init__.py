@@ -3,7 +3,7 @@
 from graphopt.ops.bounded import bounded_attention, heavy_weights, held_attention
 from graphopt.ops.cached import Slots, attend, cached_attention
 from graphopt.ops.library import attention, attention_mask, register, rms_norm, rotary
-from graphopt.ops.quantised import dequantise
+from graphopt.ops.quantised import dequantise, from_palette, from_sparse
 from graphopt.ops.tokens import (
     merge_tokens,
     merge_windows,
@@ -26,6 +26,8 @@ __all__ = [
     "bounded_attention",
     "cached_attention",
     "dequantise",
+    "from_palette",
+    "from_sparse",
     "heavy_weights",
     "held_attention",
     "merge_tokens",

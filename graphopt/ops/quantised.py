@@ -1,7 +1,9 @@
-"""Weights in few bits: how values become whole numbers by groups, how these are packed, and the op that undoes both.
+"""Weights in few bits: how values become whole numbers, how these are packed, and the ops that undo both.
 
-A group of consecutive values along the last axis shares a scale and a lowest value: w is about low + scale * code, codes
-from 0 to 2^bits - 1. Codes are packed into bytes without gaps, each row on its own, lowest bit first.
+Grids: a group of consecutive values along the last axis shares a scale and a lowest value: w is about low + scale * code,
+codes from 0 to 2^bits - 1. Palettes: some rows share 2^bits values, of which a code names one. N of M: of every M
+consecutive values only N are stored, each with its place among the M. Codes and places are packed into bytes without
+gaps, each row on its own, lowest bit first.
 """
 
 from __future__ import annotations
@@ -81,4 +83,52 @@ dequantise = _define(
     "dequantise(Tensor packed, Tensor scale, Tensor low, int bits, int group, int size) -> Tensor",
     _dequantise,
     lambda packed, scale, low, bits, group, size: scale.new_empty((*packed.shape[:-1], size)),
+)
+
+
+def place_bits(of: int) -> int:
+    """Bits of a place among `of` values."""
+    return max(1, (of - 1).bit_length())
+
+
+def keep_largest(values: torch.Tensor, kept: int, of: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` largest of every `of` values of rows `[..., size]`, in order, and their packed places.
+
+    Values `[..., ceil(size / of) * kept]`; what lies beyond the end of a row counts as zeros.
+    """
+    rows = torch.nn.functional.pad(values, (0, -values.shape[-1] % of)).unflatten(-1, (-1, of))
+    places = rows.abs().argsort(dim=-1, descending=True, stable=True)[..., :kept].sort(dim=-1).values
+    return rows.gather(-1, places).flatten(-2), pack(places.flatten(-2).to(torch.uint8), place_bits(of))
+
+
+def _from_palette(packed: torch.Tensor, palette: torch.Tensor, bits: int, rows: int, size: int) -> torch.Tensor:
+    """The values that codes packed in `[..., R, bytes]` name, `[..., R, size]`.
+
+    `rows` consecutive rows share one of the palettes `[..., ceil(R / rows), 2^bits]`.
+    """
+    codes = unpack(packed, bits, size).to(torch.int64)
+    wide = palette.repeat_interleave(rows, dim=-2)[..., : packed.shape[-2], :]
+    return wide.gather(-1, codes)
+
+
+def _from_sparse(values: torch.Tensor, places: torch.Tensor, kept: int, of: int, size: int) -> torch.Tensor:
+    """Rows `[..., size]` of which `kept` of every `of` values are given `[..., ceil(size / of) * kept]`, the others zero.
+
+    `places` `[..., bytes]` are packed; values of one place add up.
+    """
+    where = unpack(places, place_bits(of), values.shape[-1]).to(torch.int64)
+    start = torch.arange(groups(size, of), device=values.device).repeat_interleave(kept) * of
+    wide = values.new_zeros((*values.shape[:-1], groups(size, of) * of))
+    return wide.scatter_add(-1, start + where, values)[..., :size]
+
+
+from_palette = _define(
+    "from_palette(Tensor packed, Tensor palette, int bits, int rows, int size) -> Tensor",
+    _from_palette,
+    lambda packed, palette, bits, rows, size: palette.new_empty((*packed.shape[:-1], size)),
+)
+from_sparse = _define(
+    "from_sparse(Tensor values, Tensor places, int kept, int of, int size) -> Tensor",
+    _from_sparse,
+    lambda values, places, kept, of, size: values.new_empty((*values.shape[:-1], size)),
 )

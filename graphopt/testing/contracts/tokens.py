@@ -1,4 +1,4 @@
-"""Contracts of the ops that choose tokens, and of weights in few bits."""
+"""Contracts of the ops that choose tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 
 from graphopt.ops import (
-    dequantise,
     merge_tokens,
     merge_windows,
     pair_scores,
@@ -180,19 +179,6 @@ def _random_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
     return samples()
 
 
-def _dequantise_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
-    @st.composite
-    def samples(draw: st.DrawFn) -> Sample:
-        random = Numbers(draw, dtype)
-        bits, group, size = draw(st.integers(1, 8)), draw(st.integers(1, 9)), draw(st.sampled_from(LENGTHS))
-        rows = draw(st.sampled_from(((1,), (3,), (2, 3))))
-        packed = torch.randint(256, (*rows, -(-size * bits // 8)), generator=random.generator).to(torch.uint8)
-        scale, low = (random(*rows, -(-size // group)) for _ in range(2))
-        return Sample((packed, scale, low, bits, group, size))
-
-    return samples()
-
-
 # --- what it means -------------------------------------------------------------------------------------------------
 
 
@@ -345,20 +331,6 @@ def _random_reference(anchor: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.stack([torch.cat(numbers)[: anchor.shape[1]]] * anchor.shape[0]).to(torch.float64)
 
 
-def _dequantise_reference(
-    packed: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, bits: int, group: int, size: int
-) -> torch.Tensor:
-    """Each row is one number, lowest byte first; a code is `bits` of it."""
-    out = scale.new_zeros(*packed.shape[:-1], size)
-    flat, steps, floors = out.view(-1, size), scale.reshape(-1, scale.shape[-1]), low.reshape(-1, low.shape[-1])
-    for row, data in enumerate(packed.reshape(-1, packed.shape[-1]).tolist()):
-        number = int.from_bytes(bytes(data), "little")
-        for i in range(size):
-            code = number >> i * bits & (1 << bits) - 1
-            flat[row, i] = floors[row, i // group] + steps[row, i // group] * code
-    return out
-
-
 TOKENS = (
     Contract(top_tokens, _top_samples, _top_reference),
     Contract(token_index, _index_samples, _index_reference),
@@ -371,5 +343,4 @@ TOKENS = (
     Contract(received_attention, _received_samples, _received_reference),
     Contract(similarity_scores, _similarity_samples, _similarity_reference),
     Contract(random_scores, _random_samples, _random_reference),
-    Contract(dequantise, _dequantise_samples, _dequantise_reference),
 )
