@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.backends.packed import UNPACKED
 from graphopt.backends.emit import JOINS, RESHAPES, VIEWS, Emitter, Value, aten, packet
 from graphopt.backends.index import ZERO, Index, Unfusable, linear, reshape, same, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
 from graphopt.backends.loops import spread
+from graphopt.backends.packed import UNPACKED
 from graphopt.backends.pointwise import CASTS, SIGNATURE, TRITON
 from graphopt.ops import attention, bounded_attention, cached_attention, heavy_weights, held_attention
 

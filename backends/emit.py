@@ -26,7 +26,6 @@ from graphopt.backends.index import (
     both,
     expression,
     linear,
-    quotient,
     reshape,
     same,
     text_of,
@@ -328,9 +327,7 @@ class Emitter:
             index = add(times(indices[0], step), Index(str(start)))
             if index.constant is not None:
                 return Value(index.text, dtype, number=index.constant)
-            return Value(
-                self.line(f"({bare(index.text)}).to({TRITON[dtype]})", "count", index.axes), dtype, index.axes
-            )
+            return Value(self.line(f"({bare(index.text)}).to({TRITON[dtype]})", "count", index.axes), dtype, index.axes)
         constants = {aten.zeros: 0, aten.zeros_like: 0, aten.ones: 1, aten.ones_like: 1}
         number = constants.get(kind)
         if number is None:

@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from graphopt.backends import loops
-from graphopt.backends.packed import UNPACKED
 from graphopt.backends.emit import CREATIONS, JOINS, VIEWS, packet
 from graphopt.backends.index import Unfusable
 from graphopt.backends.kernel import Kernel, dense_order
+from graphopt.backends.packed import UNPACKED
 from graphopt.backends.pointwise import CASTS, TRITON, rule_of
 
 aten = torch.ops.aten

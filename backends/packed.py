@@ -39,9 +39,7 @@ def unpacked(emitter: Emitter, node: fx.Node, indices: Sequence[Index], guard: I
     return _of_few(emitter, node, rest, place, guard)
 
 
-def _code(
-    emitter: Emitter, packed: object, bits: int, rest: list[Index], place: Index, guard: Index | None
-) -> Written:
+def _code(emitter: Emitter, packed: object, bits: int, rest: list[Index], place: Index, guard: Index | None) -> Written:
     """The code at a place of a row, int32 (uint8 where it is a byte), out of the one or two bytes that hold its bits."""
     if bits == 8:
         whole = emitter.value(packed, [*rest, place], guard)

@@ -13,6 +13,8 @@ from tests.tiny import CONFIGS, make_model, program, tokens
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_program_equals_model_where_it_was_not_captured(name: str) -> None:
     model = make_model(name)
+    # transformers 5.17 leaves the soft cap of Gemma 2 out of its fast attention.
+    model.set_attn_implementation("eager")
     runner = program(name).module(torch.float32)
     for batch, seq in ((1, 1), (2, 5), (3, 40)):
         ids = tokens(batch, seq)

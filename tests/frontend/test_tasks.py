@@ -193,7 +193,9 @@ _WITHOUT_ATTENTION = {"FNetForMaskedLM": "fourier", "PatchTSMixerForPrediction":
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_another_task(task: str) -> None:
     name, values, attentions = TASKS[task]
-    cls = getattr(transformers, name)
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
     config = cls.config_class(**{key: value for key, value in values.items() if hasattr(cls.config_class(), key)})
     model = cls(config).eval().float()
