@@ -19,7 +19,10 @@ from graphopt.cost.flops import node_flops
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: `bytes` that its kernel must move (inputs and outputs, once each) and `flops`, in the graph's symbols."""
+    """One group: `bytes` that its kernel must move and `flops`, in the graph's symbols.
+
+    Inputs and outputs move once each; of a table or a bank that is only gathered from, as many rows as are asked for.
+    """
 
     kernel: Kernel
     ops: tuple[str, ...]
@@ -32,7 +35,9 @@ class GroupReport:
         if group.kernel is None:
             raise AssertionError("a group without a kernel was kept")
         kernel = group.kernel
-        moved = sum((_bytes(node) for node in (*kernel.inputs, *kernel.outputs)), sympy.Integer(0))
+        inside = set(group.nodes)
+        moved = sum((_read(node, inside) for node in kernel.inputs), sympy.Integer(0))
+        moved += sum((_bytes(node) for node in kernel.outputs), sympy.Integer(0))
         flops = sum((_flops(node) for node in group.nodes), sympy.Integer(0))
         names = tuple(str(packet(node)).rpartition(".")[2] for node in group.nodes)
         return cls(kernel, names, sympy.expand(moved), sympy.expand(flops))
@@ -69,7 +74,7 @@ class CallReport:
     def of(cls, node: fx.Node) -> CallReport:
         """The report of a node that moves memory."""
         tensors = [n for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)]
-        moved = sum((_bytes(n) for n in tensors), sympy.Integer(0))
+        moved = sum((_bytes(n) if n is node else _read(n, {node}) for n in tensors), sympy.Integer(0))
         name = str(node.target).removesuffix(".default").replace("aten.", "aten::")
         return cls(name, sympy.expand(moved), sympy.expand(_flops(node)))
 
@@ -85,6 +90,39 @@ def library_reports(graph: fx.Graph, taken: Collection[fx.Node]) -> list[CallRep
     return found
 
 
+def _read(node: fx.Node, inside: Collection[fx.Node]) -> sympy.Expr:
+    """Bytes of a node that nodes `inside` a kernel read."""
+    asked = _rows_asked(node, inside)
+    whole = _bytes(node)
+    if asked is None:
+        return whole
+    rows = sizes_of(node.meta["val"])[0]
+    return whole / rows * sympy.Min(rows, asked)
+
+
+def _rows_asked(node: fx.Node, inside: Collection[fx.Node]) -> sympy.Expr | None:
+    """How many rows are gathered from a node, packed ones too; None where something reads it as a whole."""
+    total = sympy.Integer(0)
+    readers = [user for user in node.users if user in inside]
+    for user in readers:
+        if user.target is torch.ops.aten.embedding.default and user.args[0] is node:
+            index: Any = user.args[1]
+        elif user.target is torch.ops.aten.index.Tensor and user.args[0] is node:
+            index = user.args[1][0] if len(user.args[1]) == 1 else None  # type: ignore[index, arg-type]
+        elif user.target is torch.ops.graphopt.dequantise.default:
+            asked = _rows_asked(user, inside)
+            if asked is None:
+                return None
+            total += asked
+            continue
+        else:
+            return None
+        if not isinstance(index, fx.Node) or index.meta["val"].dtype in (torch.bool, torch.uint8):
+            return None
+        total += product(sizes_of(index.meta["val"]))
+    return total if readers else None
+
+
 def _bytes(node: fx.Node) -> sympy.Expr:
     value = node.meta["val"]
     return sympy.sympify(product(sizes_of(value))) * value.dtype.itemsize
@@ -95,6 +133,8 @@ def _flops(node: fx.Node) -> sympy.Expr:
     counted = node_flops(node)
     if counted is not None and counted != 0:
         return counted
-    values = [node.meta["val"], *(n.meta.get("val") for n in node.all_input_nodes)]
+    values = [node.meta["val"]]
+    if node.target not in (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor):
+        values += [n.meta.get("val") for n in node.all_input_nodes]
     elements = [product(sizes_of(v)) for v in values if isinstance(v, torch.Tensor)]
     return sympy.Max(*elements) if elements else sympy.Integer(0)

@@ -24,6 +24,9 @@ def explain(
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph itself, one line a node.")] = False,
     lowered: Annotated[bool, typer.Option("--lowered", help="Show the kernels that it becomes on a GPU.")] = False,
     at: Annotated[str, typer.Option(help="With --lowered: sizes of the dimensions.", metavar="B=1,S=1")] = "B=1,S=1",
+    target: Annotated[
+        str, typer.Option(help="With --lowered: the device of the roofline.", metavar="a100|h100|h200|b200|mi300x")
+    ] = "h200",
     source: Annotated[
         str | None,
         typer.Option(help="With --lowered: add the sources of kernels whose names begin so.", metavar="NAME|all"),
@@ -33,7 +36,7 @@ def explain(
     """Show a model as blocks with heads, widths, norms, positions and costs."""
     program = _capture(model)
     if lowered:
-        _explain_lowered(program, _sizes(at), source, as_json=as_json)
+        _explain_lowered(program, _sizes(at), target, source, as_json=as_json)
         return
     from graphopt.ir.text import print_program
     from graphopt.report.explain import explain as page_of
@@ -47,7 +50,9 @@ def explain(
         show_page(page_of(program))
 
 
-def _explain_lowered(program: Program, sizes: dict[str, int], source: str | None, *, as_json: bool) -> None:
+def _explain_lowered(
+    program: Program, sizes: dict[str, int], target: str, source: str | None, *, as_json: bool
+) -> None:
     """Print the kernels of a program in bfloat16 at given sizes."""
     from graphopt.ir.leaving import rooms
 
@@ -57,13 +62,14 @@ def _explain_lowered(program: Program, sizes: dict[str, int], source: str | None
     import torch
 
     from graphopt.backends import lower
-    from graphopt.report.lowered import ROOFS, lowered_json, lowered_page
+    from graphopt.report.lowered import lowered_json, lowered_page, roof_of
 
+    roof = roof_of(target)
     found = lower(program, "cuda", dtype=torch.bfloat16, sizes=sizes)
     if as_json:
-        show_json({"model": program.origin.name, **lowered_json(found, sizes, ROOFS["h200"], source)})
+        show_json({"model": program.origin.name, **lowered_json(found, sizes, roof, source)})
     else:
-        show_page(lowered_page(found, sizes, ROOFS["h200"], source))
+        show_page(lowered_page(found, sizes, roof, source))
 
 
 @command

@@ -16,11 +16,15 @@ from graphopt.report.page import Page
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device reaches: bytes a second of a large copy and FLOP a second of a large bf16 product."""
+    """What bounds a device: bytes a second to and from its memory and FLOP a second of bf16 products that are dense.
+
+    `source` says whether these are rates that a copy and a product reach, or those of the data sheet, which nothing reaches.
+    """
 
     name: str
     bandwidth: float
     flops: float
+    source: str
 
     def seconds(self, moved: float, computed: float) -> float:
         """The least time for so many bytes and FLOPs."""
@@ -31,8 +35,29 @@ class Roof:
         return "bytes" if moved / self.bandwidth >= computed / self.flops else "flops"
 
 
-# Rates that copies and products reach on the device, not those of its data sheet.
-ROOFS = {"h200": Roof("h200", 4.3e12, 790e12)}
+# Data sheets: NVIDIA A100 80GB SXM, NVIDIA H100 SXM, an eighth of NVIDIA DGX B200, AMD Instinct MI300X.
+ROOFS = {
+    roof.name: roof
+    for roof in (
+        Roof("a100", 2.039e12, 312e12, "data sheet"),
+        Roof("h100", 3.35e12, 989e12, "data sheet"),
+        Roof("h200", 4.3e12, 790e12, "reached"),
+        Roof("b200", 8e12, 2250e12, "data sheet"),
+        Roof("mi300x", 5.3e12, 1307e12, "data sheet"),
+    )
+}
+
+
+def roof_of(name: str) -> Roof:
+    """The roof of a device; raises PlanError for one that is not known."""
+    if name not in ROOFS:
+        known = ", ".join(ROOFS)
+        raise PlanError.of(
+            "unknown_device",
+            f"there is no roofline of {name!r}",
+            help=did_you_mean(name, list(ROOFS)) or (f"the devices are {known}",),
+        )
+    return ROOFS[name]
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,12 @@ def lowered_json(
     return {
         "mode": lowered.lowered.mode,
         "at": dict(sizes),
-        "roof": {"device": roof.name, "bytes_per_second": roof.bandwidth, "flops_per_second": roof.flops},
+        "roof": {
+            "device": roof.name,
+            "bytes_per_second": roof.bandwidth,
+            "flops_per_second": roof.flops,
+            "source": roof.source,
+        },
         "launches": sum(row.count for row in found),
         "rows": [{key: value for key, value in vars(row).items() if key != "source"} for row in found],
         **({"sources": shown} if shown else {}),
@@ -133,7 +163,8 @@ def lowered_page(lowered: LoweredProgram, sizes: Mapping[str, int], roof: Roof, 
     page.title(lowered.program.origin.name, f"{lowered.lowered.mode}: {kernels} kernels, {calls} library calls")
     page.row("at", ", ".join(f"{k}={v}" for k, v in sizes.items()))
     bound = roof.seconds(sum(r.moved for r in found), sum(r.computed for r in found))
-    page.row("roofline", f"{roof.name}: at least {bound * 1e6:,.1f} us a call")
+    words = "that are reached" if roof.source == "reached" else "of its data sheet"
+    page.row("roofline", f"{roof.name}, by rates {words}: at least {bound * 1e6:,.1f} us a call")
     for row in found:
         page.title(row.name, f"{row.count} x {' '.join(row.ops)}")
         page.row("kernel", row.kernel or "library call")

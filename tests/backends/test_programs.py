@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+import graphopt
 from graphopt.backends import lower
 from graphopt.diagnostics import PlanError
+from graphopt.passkit import PassRegistry
 from graphopt.report.lowered import ROOFS, lowered_json, lowered_page
+from graphopt.spec import parse_spec
 from tests.tiny import program, tokens
 
 
@@ -58,6 +63,21 @@ def test_the_report_adds_up() -> None:
     page = lowered_page(made, {"B": 1, "S": 64}, ROOFS["h200"], name).plain()
     assert "@triton.jit" in page
     assert "% of the roofline" in page
+
+
+def test_what_is_gathered_counts_as_the_rows_that_are_asked_for() -> None:
+    """A table of embeddings and banks of experts, packed ones too, move no more than what a step reads of them."""
+    steps = [{"use": "quantize", "bits": 4, "group": 8}, {"use": "insert_cache"}]
+    spec = parse_spec(json.dumps({"graphopt": 1, "steps": steps}), registry=PassRegistry())
+    made = lower(graphopt.compile(program("mixtral"), spec, verify="off"), "cuda", sizes={"B": 1, "S": 1})
+    found = lowered_json(made, {"B": 1, "S": 1, "C": 32}, ROOFS["b200"])
+    assert found["roof"]["source"] == "data sheet"
+    table = next(row for row in found["rows"] if row["name"] == "aten::embedding")
+    assert table["moved"] == 2 * 32 * 4 + 8
+    bank = next(row for row in found["rows"] if row["kernel"] == "expert_gemv" and "silu" not in row["ops"])
+    codes, scales = 2 * 48 * 16, 2 * (2 * 48 * 4) * 4  # of 2 experts of the 4
+    assert codes + scales < bank["moved"] / bank["count"] < 1.5 * (codes + scales)
+    assert {"cached_attention", "gemv", "reduction"} <= {row["kernel"] for row in found["rows"]}
 
 
 def test_unknown_dimensions_are_named() -> None:

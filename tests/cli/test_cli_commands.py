@@ -174,6 +174,10 @@ def test_explain_lowered(checkpoint: Path) -> None:
     every = data("explain", checkpoint, "--lowered", "--at", "B=2,S=1", "--source", "all")["sources"]
     assert set(every) == {row["name"] for row in found["rows"] if row["kernel"]}
     assert all("def launch(" in source for source in every.values())
+    other = data("explain", checkpoint, "--lowered", "--at", "B=2,S=1", "--target", "mi300x")
+    assert other["roof"] == {"device": "mi300x", "bytes_per_second": 5.3e12, "flops_per_second": 1307e12,
+                             "source": "data sheet"}  # fmt: skip
+    assert "'h200'" in call("explain", checkpoint, "--lowered", "--target", "h20", code=1).stderr
     refused = call("explain", checkpoint, "--lowered", "--source", "gemmm", code=1).stderr
     assert "no kernel's name begins with 'gemmm'" in refused
     assert "gemv_" in refused
