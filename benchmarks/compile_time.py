@@ -343,7 +343,7 @@ def page(known: dict[str, Any]) -> str:
             "",
             "## First call",
             "",
-            "Seconds to the first result of a Llama of 4 layers in a fresh process that has imported torch and built the model;",
+            "Seconds to the first result of a Llama of 4 layers in a fresh process that has torch and the model;",
             "`warm` is a second process with the caches of the first, `whole` all of that process, imports of torch and of",
             'transformers, the model and the end included. `dynamo` captures and does nothing else (`backend="eager"`): no',
             "backend of `torch.compile` can be below it. A bundle with weights is written by the first process and needs no",
