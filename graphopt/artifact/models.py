@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
@@ -285,3 +292,4 @@ def register_models() -> None:
     AutoModel.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
     AutoModelForCausalLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
     AutoModelForSeq2SeqLM.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)
+    AutoModelForSpeechSeq2Seq.register(GraphoptConfig, GraphoptForCausalLM, exist_ok=True)

@@ -230,7 +230,8 @@ def _truncate(search: _Search, config: Any, values: Values, attentions: list[fx.
     data = config.to_dict()
     layers = data.get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
     lists = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers}
-    if not lists or layers == len(attentions):
+    if not lists or len(attentions) >= layers:
+        # Of an encoder and a decoder, the layers in the config are one's, and attentions those of both.
         return
     kept: list[int] = []
     if any(len({json.dumps(item) for item in value}) > 1 for value in lists.values()):

@@ -18,9 +18,10 @@ from graphopt.diagnostics import VerifyError
 from graphopt.frontend.export import DEFAULT_DIMS, capture_module
 from graphopt.ir.program import Dim, Input, Program
 from graphopt.ir.rewriter import Rewriter
+from graphopt.ir.run import Runner
 from graphopt.passkit import Context, PassRegistry, Plan
 from graphopt.passkit.edits import apply_edits
-from graphopt.runtime import Decoder, with_cache
+from graphopt.runtime import Decoder, generate, with_cache
 from graphopt.runtime.stages import Stage
 from graphopt.spec import LoadedSpec, parse_spec
 from graphopt.views import Views
@@ -212,6 +213,23 @@ def test_slots_follow_the_blocks_that_exist() -> None:
     shapes = [spec.shape for spec in program.entry.inputs if spec.role == "cache"]
     assert shapes == [("B", 1, "C", 8)] * 4
     assert program.trail[-1].certificate["reference"] == "stateless run"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_layers_may_have_different_kv_heads_and_windows(name: str) -> None:
+    fewer = {"use": "regroup_kv", "kv_heads": "1", "init": "mean", "where": {"layers": [1]}}
+    stateless = graphopt.compile(tiny.program(name), spec_of(fewer), verify="off")
+    ids, mask = tiny.tokens(3, 14, seed=2), torch.ones(3, 14, dtype=torch.long)
+    mask[1, :4], mask[2, :11] = 0, 0
+    run = Runner(stateless, torch.float64, "cpu")
+    expected = generate(run, ids, padding=mask, max_new_tokens=8)
+    # In the shorter row, what is written fills the window and goes on behind it.
+    for windows in ("whole", "ring"):
+        program = graphopt.compile(stateless, spec_of({"use": "insert_cache", "windows": windows}), verify="off")
+        heads = [spec.shape[1] for spec in program.entry.inputs if spec.role == "cache"]
+        assert sorted(heads) == [1, 1, 2, 2, 2, 2]
+        got = generate(Decoder(program, torch.float64), ids, padding=mask, max_new_tokens=8)
+        assert got.tolist() == expected.tolist()
 
 
 def test_a_wrong_cache_is_not_certified() -> None:

@@ -71,7 +71,7 @@ def test_an_encoder_runs_once_and_its_text_is_continued_as_by_transformers(name:
     assert len({tuple(row) for row in found[-1].tolist()}) > 1
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", tiny.TEXT_TO_TEXT)
 def test_transformers_generate_writes_about_another_text(name: str, tmp_path: Path) -> None:
     stock = tiny.make_model(name)
     program = capture_model(stock)
@@ -80,7 +80,7 @@ def test_transformers_generate_writes_about_another_text(name: str, tmp_path: Pa
     given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 7}
     for kind, made in (("cached", with_cache(program)[0]), ("stateless", program)):
-        save(made, tmp_path / kind)
+        save(made, tmp_path / kind, format="graphopt")
         ours = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / kind)
         for more in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
             assert torch.equal(ours.generate(**given, **options, **more), stock.generate(**given, **options, **more))
@@ -91,7 +91,8 @@ def test_transformers_generate_writes_about_another_text(name: str, tmp_path: Pa
             ours.generate(max_new_tokens=1)
 
 
-def test_sound_is_encoded_once_and_written_down_as_by_transformers() -> None:
+def whisper() -> Any:
+    """A random model of two layers that writes down sound."""
     sizes = {f"{stack}_{size}": n for stack in ("encoder", "decoder") for size, n in (("layers", 2), ("ffn_dim", 56))}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     words = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -111,18 +112,27 @@ def test_sound_is_encoded_once_and_written_down_as_by_transformers() -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)
-    decoder = decoder_of(model)
+    return model
+
+
+def test_sound_is_encoded_once_and_written_down_as_by_transformers(tmp_path: Path) -> None:
+    model = whisper()
+    program = capture_model(model)
+    decoder = Decoder(with_cache(program)[0], torch.float32)
     products = [n for n in decoder.lowered.order if n.target is torch.ops.aten.linear.default]
     late = [n for n in products if decoder.lowered.stage[n] == Stage.STEP]
     assert (len(late), len(products) - len(late)) == (2 * 8 + 1, 2 * 6 + 2 * 2)
     sound, start = torch.randn(3, 16, 40), torch.ones(3, 1, dtype=torch.long)
     # What Whisper's own generate adds, tokens of tasks and times, is not asked for.
-    theirs = transformers.GenerationMixin.generate(
-        model, input_features=sound, decoder_start_token_id=1, do_sample=False, eos_token_id=None, pad_token_id=0,
-        max_new_tokens=NEW,
-    )  # fmt: skip
+    options = {"decoder_start_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW}
+    theirs = transformers.GenerationMixin.generate(model, input_features=sound, do_sample=False, **options)
     assert torch.equal(generate(decoder, start, max_new_tokens=NEW, input_features=sound), theirs)
     assert len({tuple(row) for row in theirs.tolist()}) > 1
+    assert save(program, tmp_path / "stateless").format == "graphopt"
+    save(decoder.program, tmp_path / "cached", format="graphopt")
+    for kind in ("stateless", "cached"):
+        ours = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / kind)
+        assert torch.equal(ours.generate(input_features=sound, do_sample=False, **options), theirs)
 
 
 @pytest.fixture(scope="module")
