@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from graphopt.diagnostics import Diagnostic, Place, VerifyError
-from graphopt.ir.leaving import PROMPT, room, with_prompt
+from graphopt.ir.leaving import PROMPT, losing, room, with_prompt
 from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
-from graphopt.runtime.cache import sizes_of
+from graphopt.runtime.cache import shortened, sizes_of
 from graphopt.runtime.held import held_of
 
 PROMPTS = ((1,), (4, 7), (20, 3, 33))
@@ -31,7 +31,8 @@ class Session:
     ) -> None:
         sizes = {"B": batch, "P": prompt}
         sizes |= {str(s.shape[0]): batch for s in program.entry.inputs if s.role == "pictures"}
-        rooms = room(program, capacity, sizes)
+        self.rooms = rooms = room(program, capacity, sizes)
+        self.losing = losing(program)
         self.run = program.module(torch.float64)
         self.names = {spec.role: spec.name for spec in program.entry.inputs}
         self.context = dict(context)
@@ -79,6 +80,8 @@ class Session:
         began = not bool(self.lengths.any())
         for stage, (name, held_there) in enumerate(self.entries.items(), 1):
             self.entries[name] = self.results[f"kept_{stage}"] if began else held_there + counts
+        for name, (stays, _, dimension) in self.losing.items() if began else ():
+            self.buffers[name] = shortened(self.buffers[name], self.results[stays], self.rooms[dimension])
         self.lengths = self.lengths + counts
 
 

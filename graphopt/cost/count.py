@@ -14,7 +14,8 @@ from torch import fx
 
 from graphopt.cost.flops import node_flops, sizes_of
 from graphopt.cost.formula import formula
-from graphopt.ir.leaving import rooms
+from graphopt.ir.follow import Lost
+from graphopt.ir.leaving import leaving, losing, rooms
 from graphopt.ir.program import Program
 from graphopt.views import Views
 
@@ -135,7 +136,8 @@ def cost(program: Program) -> Cost:
         else:
             terms.append(flops)
     cores = [node for node in nodes if node.target in CORES]
-    caches = [_cache(node) for node in cores]
+    fewer = _without_past(program)
+    caches = [_cache(node, fewer.get(node)) for node in cores]
     notes = tuple(
         f"the KV cache of %{node.name} is not counted: its mask is computed by the graph"
         for node, cache in zip(cores, caches, strict=True)
@@ -167,14 +169,35 @@ def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Expr]:
     return found
 
 
-def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
-    """KV bytes of an attention in its shapes' symbols and bytes a token; zero for one that needs no cache."""
+def _without_past(program: Program) -> dict[fx.Node, sympy.Expr]:
+    """How many entries an attention's cache holds behind the prompt where it loses what leaves later."""
+    nodes = [node for node in program.graph.graph.nodes if node.target in CORES]
+    lose = losing(program)
+    if lose:
+        sizes = rooms(program)
+        cached = [node for node in nodes if node.target is torch.ops.graphopt.cached_attention.default]
+        return {node: sizes[lose[name][2]] for node in cached if (name := node.args[3].meta["input"]) in lose}
+    try:
+        found = leaving(program)
+    except Lost:
+        return {}
+    if found is None or not found.past:
+        return {}
+    levels = {node: found.level(node.args[1].meta["val"].shape[2]) for node in nodes}
+    return {node: found.sizes[found.past] for node, level in levels.items() if level is not None and level < found.past}
+
+
+def _cache(core: fx.Node, fewer: sympy.Expr | None) -> tuple[sympy.Expr, int] | None:
+    """KV bytes of an attention in its shapes' symbols and bytes a token; zero for one that needs no cache.
+
+    `fewer` is how many entries it holds where that does not follow from its shapes.
+    """
     cached = (torch.ops.graphopt.cached_attention.default, torch.ops.graphopt.held_attention.default)
     if core.target in cached:
         keys, values = (core.args[i].meta["val"] for i in (3, 4))  # type: ignore[union-attr]
         batch, kv_heads, capacity, head = sizes_of(keys)
         token = kv_heads * (head * keys.dtype.itemsize + sizes_of(values)[3] * values.dtype.itemsize)
-        return batch * capacity * token, int(token)
+        return batch * (capacity if fewer is None else fewer) * token, int(token)
     q, k, v = (core.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
     mask, causal, window = core.args[3], core.args[6], core.args[7]
     if not causal:
@@ -184,6 +207,8 @@ def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
     token = kv_heads * (head * k.dtype.itemsize + sizes_of(v)[3] * v.dtype.itemsize)
     if sizes_of(q)[2] != length:
         return ZERO, 0
+    if fewer is not None:
+        return batch * fewer * token, int(token)
     if core.target is torch.ops.graphopt.bounded_attention.default:
         gates, heads, sink, recent, heavy, compensate = core.args[10:16]
         if gates is not None:
@@ -196,7 +221,7 @@ def _cache(core: fx.Node) -> tuple[sympy.Expr, int] | None:
 
 
 def _breakdown(program: Program, views: Views) -> Breakdown:
-    rename = dimension_names(program)
+    rename, fewer = dimension_names(program), _without_past(program)
     taken: set[str] = set()
     claimed: set[fx.Node] = set()
 
@@ -206,7 +231,7 @@ def _breakdown(program: Program, views: Views) -> Breakdown:
         names = {w for node in inside for w in _weights(node) if w not in taken}
         taken.update(names)
         weights = [program.weights[name] for name in names]
-        caches = [_cache(node) or (ZERO, 0) for node in inside if node.target in CORES]
+        caches = [_cache(node, fewer.get(node)) or (ZERO, 0) for node in inside if node.target in CORES]
         return Part(
             path,
             kind,

@@ -26,6 +26,8 @@ _CASTS = {aten.to, aten._to_copy, aten.clone, aten.contiguous}
 _SKIPPED = {ops.put_tokens: {3}, ops.merge_tokens: {1, 2}, ops.merge_windows: {1}, ops.token_index: {0, 1}}
 """arguments that say which tokens, or how many, and not what they hold"""
 PROMPT = "prompt"
+OF_PROMPT = ("kept_", "stay_")
+"""how results are called that say which tokens of a prompt have stayed"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,8 @@ class Leaving:
     """The stages of a program from which tokens of its text leave: `stages` are the indices of those that stay.
 
     `sizes` counts the tokens in front of the first stage and behind each; `needed` are nodes whose values reach a result
-    and not the choices alone, and `carrying` those of them that are no places to which tokens move up.
+    and not the choices alone, and `carrying` those of them that are no places to which tokens move up. Words behind a prompt
+    do not see in any layer what has left until the stage `past`; 0 where they see all that a layer has had.
     """
 
     tokens: Input
@@ -41,6 +44,7 @@ class Leaving:
     sizes: tuple[sympy.Expr, ...]
     needed: frozenset[fx.Node]
     carrying: frozenset[fx.Node]
+    past: int = 0
 
     def level(self, size: Any) -> int | None:
         """Behind how many stages there are so many tokens; None for any other number."""
@@ -79,7 +83,8 @@ def leaving(program: Program) -> Leaving | None:
         sizes.append(size_of(stage.meta["val"].shape[1]))
         if sizes[-1] in sizes[:-1] or not isinstance(stage.args[1], fx.Node):
             raise Lost(stage, "leaves as many tokens as come")
-    return Leaving(text[0], tuple(stages), tuple(sizes), _needed(program), _needed(program, False))
+    past = max((i for i, stage in enumerate(stages, 1) if stage.args[2:] == (True,)), default=0)
+    return Leaving(text[0], tuple(stages), tuple(sizes), _needed(program), _needed(program, False), past)
 
 
 def moves_up(node: fx.Node) -> bool:
@@ -135,7 +140,8 @@ class Prompt:
     """The prompt as an input of a program under change: choices read it alone, and tokens behind it stay.
 
     `node` is the input `[B, P]`, 1 at real tokens: the first P of the tokens `[B, S]`. `lengths` are today's numbers of
-    tokens at each level, and `real` says behind each stage which places hold a token.
+    tokens at each level, `behind` says at each which of them stand behind the prompt, and `real` behind each stage which
+    places hold a token.
     """
 
     def __init__(self, rewriter: Rewriter, found: Leaving) -> None:
@@ -157,6 +163,7 @@ class Prompt:
         behind = self._call(aten.cat.default, [empty, all_], 1)
         self.lengths, self._at_prompt = [length], [self._given]
         self.real: list[fx.Node] = []
+        self.behind = [behind]
         self._counted: dict[fx.Node, Any] = {}
         self._sizes = found.sizes
         for stage in found.stages:
@@ -165,7 +172,7 @@ class Prompt:
             self.lengths.append(self._call(operator.sub, length, self._call(operator.sub, self._given, stays)))
         self._choose_by(within, found)
         for stage, count in zip(found.stages, self.lengths[1:], strict=True):
-            behind = self._let_stay(stage, count, behind, found)
+            self.behind.append(self._let_stay(stage, count, self.behind[-1], found))
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         self.last = self.rewriter.call(target, *args, after=self.last)
@@ -213,7 +220,7 @@ class Prompt:
         rewriter.node(stage.args[1]).replace_all_uses_with(count)  # type: ignore[arg-type]
         both = rewriter.call(aten.logical_or.default, keep, behind, before=today)
         reals = [user for user in stage.users if _is_real(user)]
-        today.args = (both, count)
+        today.args = (both, count, *today.args[2:])
         real = rewriter.call(ops.take_tokens.default, both, today, 1, after=today)
         for old in reals:
             for user in list(old.users):
@@ -232,8 +239,72 @@ def with_prompt(program: Program) -> Program:
     if found is None:
         return program
     rewriter = Rewriter(program)
-    Prompt(rewriter, found)
+    prompt = Prompt(rewriter, found)
+    if found.past:
+        hide_past(rewriter, prompt, found)
     return rewriter.finish()
+
+
+def hide_past(rewriter: Rewriter, prompt: Prompt, found: Leaving) -> None:
+    """Hide in all layers, from what stands behind the prompt, tokens that leave until the stage `found.past`.
+
+    What leaves is known behind the layers that shall not see it: what leads to it is computed twice, first for the choice.
+    """
+    today = [rewriter.node(stage) for stage in found.stages[: found.past]]
+    seen: list[fx.Node] = [today[-1].args[0]]  # type: ignore[list-item]
+    last = today[-1]
+    for level in range(found.past - 1, 0, -1):
+        stage, real = today[level - 1], prompt.real[level - 1]
+        seen.insert(0, rewriter.call(ops.put_tokens.default, seen[0], stage, real, stage.args[0], 1, after=last))
+        last = seen[0]
+    first = _again(rewriter, seen, prompt.last)
+    for node in rewriter.program.graph.graph.nodes:
+        if node.target not in (ops.attention.default, ops.bounded_attention.default):
+            continue
+        rows, columns = (found.level(node.args[i].meta["val"].shape[2]) for i in (0, 1))
+        if rows is None or rows != columns or rows >= found.past:
+            continue
+        if node.target is ops.bounded_attention.default:
+            raise Lost(node, "has heads that are bounded, and what leaves later shall not be seen in it either")
+        core = rewriter.node(node)
+
+        def call(target: Any, *args: Any, core: fx.Node = core) -> fx.Node:
+            return rewriter.call(target, *args, before=core)
+
+        words = call(aten.unsqueeze.default, call(aten.unsqueeze.default, prompt.behind[rows], 1), 3)
+        there = call(aten.unsqueeze.default, call(aten.unsqueeze.default, first[rows], 1), 1)
+        visible = call(aten.logical_or.default, call(aten.logical_not.default, words), there)
+        mask, old = core.args[3], node.args[3]
+        if isinstance(mask, fx.Node) and old.meta["val"].dim() == 2:
+            flat = call(
+                aten.to.dtype, call(aten.unsqueeze.default, call(aten.unsqueeze.default, mask, 1), 1), torch.bool
+            )
+            visible = call(aten.logical_and.default, visible, flat)
+        elif isinstance(mask, fx.Node) and old.meta["val"].dtype == torch.bool:
+            visible = call(aten.logical_and.default, visible, mask)
+        elif isinstance(mask, fx.Node):
+            hidden = call(aten.logical_not.default, visible)
+            visible = call(aten.masked_fill.Scalar, mask, hidden, torch.finfo(old.meta["val"].dtype).min)
+        core.args = (*core.args[:3], visible, *core.args[4:])
+
+
+def _again(rewriter: Rewriter, wanted: list[fx.Node], after: fx.Node) -> list[fx.Node]:
+    """The same values computed once more, right behind a node."""
+    order = {node: i for i, node in enumerate(rewriter.graph.nodes)}
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and order[node] > order[after] and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    last = after
+    for node in sorted(needed, key=order.__getitem__):
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: copies.get(n, n))
+        last = copies[node] = rewriter.call(node.target, *args, after=last)
+        last.kwargs = kwargs
+    return [copies.get(node, node) for node in wanted]
 
 
 def rooms(program: Program) -> dict[str, sympy.Expr]:
@@ -265,4 +336,22 @@ def room(program: Program, capacity: int, sizes: Mapping[str, int]) -> dict[str,
         given = {"C": capacity, **sizes}
         number = size.subs({symbol: given[str(symbol)] for symbol in size.free_symbols if str(symbol) in given})
         found[name] = max(1, int(number)) if number.is_Integer else capacity
+    return found
+
+
+def losing(program: Program) -> dict[str, tuple[str, str, str]]:
+    """Caches in front of a stage that lose what leaves there, once the prompt has run, by their inputs' names.
+
+    For each the result that says which entries stay, the input that counts them, and the dimension that is as long.
+    """
+    shapes = {spec.name: spec.shape for spec in program.entry.inputs}
+    found = {}
+    for node in program.graph.graph.nodes:
+        if node.target is ops.cached_attention.default:
+            level = str(shapes[node.args[3].meta["input"]][2]).removeprefix("C")
+            counter = node.args[5].meta["input"]
+            stage = counter.removeprefix("entries_")
+            if counter.startswith("entries_") and stage != level:
+                for buffer in node.args[3:5]:
+                    found[buffer.meta["input"]] = (f"stay_{level or 0}", counter, f"C{stage}")
     return found

@@ -47,9 +47,9 @@ class Slots:
         self._places: torch.Tensor | None = None
         self._positions = positions
         self._straight: bool | None = True if positions is None else None
-        self.held: tuple[tuple[torch.Tensor, int], ...] = ()
-        """lengths and capacity of the caches behind each stage at which tokens leave"""
-        self._behind: dict[int, Slots] = {}
+        self.held: tuple[torch.Tensor, ...] = ()
+        """what the caches behind each stage at which tokens leave hold"""
+        self._behind: dict[tuple[int, int], Slots] = {}
 
     @cached_property
     def chain(self) -> bool:
@@ -64,13 +64,12 @@ class Slots:
         """Logical positions of the new tokens `[B, S]`."""
         return self.at if self._positions is None else self._positions
 
-    def behind(self, stage: int, count: int) -> Slots:
-        """The slots behind a stage at which tokens leave, of which `count` have come that far."""
-        if stage not in self._behind:
-            lengths, capacity = self.held[stage - 1]
+    def behind(self, stage: int, count: int, capacity: int) -> Slots:
+        """The slots of caches that hold what has not left by a stage, of which `count` new tokens have come that far."""
+        if (stage, count) not in self._behind:
             ancestors = self.ancestors if count == self.count else None
-            self._behind[stage] = Slots(lengths, count, capacity, None, ancestors)
-        return self._behind[stage]
+            self._behind[stage, count] = Slots(self.held[stage - 1], count, capacity, None, ancestors)
+        return self._behind[stage, count]
 
     @property
     def causal(self) -> bool:
@@ -202,9 +201,9 @@ def attend(
 
 
 def attend_behind(stage: int, q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """`attend` behind a stage at which tokens leave."""
+    """`attend` where the cache holds what has not left by a stage."""
     k, v, keys, values, slots, *others = rest
-    return attend(q, k, v, keys, values, slots.behind(stage, q.shape[2]), *others)
+    return attend(q, k, v, keys, values, slots.behind(stage, q.shape[2], keys.shape[2]), *others)
 
 
 def attend_one(

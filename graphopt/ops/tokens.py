@@ -25,10 +25,11 @@ def _top_tokens(score: torch.Tensor, span: torch.Tensor, keep: torch.Tensor) -> 
     return span & (rank < keep[:, None])
 
 
-def _token_index(keep: torch.Tensor, places: int) -> torch.Tensor:
+def _token_index(keep: torch.Tensor, places: int, everywhere: bool = False) -> torch.Tensor:
     """The tokens that `keep` `[B, S]` names, in order and then fillers, int `[B, places]`.
 
-    Raises ValueError when a row keeps more tokens than there are places.
+    `everywhere` changes nothing here: it says that tokens behind the prompt do not see those that leave in any layer, those
+    in front of this stage included. Raises ValueError when a row keeps more tokens than there are places.
     """
     most = int(keep.sum(-1).max()) if keep.numel() else 0
     if most > places:
@@ -191,9 +192,9 @@ top_tokens = _define(
     lambda score, span, keep: torch.empty_like(span),
 )
 token_index = _define(
-    "token_index(Tensor keep, SymInt places) -> Tensor",
+    "token_index(Tensor keep, SymInt places, bool everywhere=False) -> Tensor",
     _token_index,
-    lambda keep, places: keep.new_empty((keep.shape[0], places), dtype=torch.int64),
+    lambda keep, places, everywhere=False: keep.new_empty((keep.shape[0], places), dtype=torch.int64),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphopt.diagnostics import PlanError
-from graphopt.ir.leaving import PROMPT, room
+from graphopt.ir.leaving import PROMPT, losing, room
 from graphopt.ir.program import Input, Program, specialise
 from graphopt.runtime.held import held_of
 
@@ -19,8 +19,8 @@ class Cache:
     `buffers[name]` is `[B, K, C, D]`; `lengths` `[B]` counts committed entries. Buffers that `shared`, the cache of
     another program, has by the same names are those; `own` says whether there are others. A step of the program writes behind
     them; `commit` keeps what was written. Where tokens leave, caches behind a stage hold `entries[name]` `[B]` and have
-    room for what `sizes` (of the program's dimensions, of the prompt P and of pictures I) leave of the capacity. Raises
-    PlanError for a program without a cache.
+    room for what `sizes` (of the program's dimensions, of the prompt P and of pictures I) leave of the capacity. Caches that
+    lose what leaves later become as short when the prompt is committed. Raises PlanError for a program without a cache.
     """
 
     def __init__(
@@ -58,10 +58,14 @@ class Cache:
             spec.name: given[spec.name] if spec.name in given else slices[spec.name] for spec in specs
         }
         self.own = bool(alike)
-        # Blocks `[n, B, K, C, D]` of what grows, and behind which stage.
+        self._rooms, self._losing = rooms, losing(program)
+        # Blocks `[n, B, K, C, D]` of what grows, and what counts it behind a stage; the buffers that are their slices.
         self._growing = [
-            (block, behind.get(form[2])) for form, block in zip(alike, blocks, strict=True) if isinstance(form[2], str)
+            (block, self._losing[names[0]][1] if names[0] in self._losing else behind.get(form[2]))
+            for (form, names), block in zip(alike.items(), blocks, strict=True)
+            if isinstance(form[2], str)
         ]
+        self._sliced = [names for form, names in alike.items() if isinstance(form[2], str)]
         self._growing += [
             (given[spec.name][None], behind.get(spec.shape[2]))
             for spec in specs
@@ -78,7 +82,6 @@ class Cache:
         for held in self.held:
             held.clear(self.buffers)
         self.entries = {name: torch.zeros_like(self.lengths) for name in leaves}
-        self.rooms = [rooms.get(f"C{stage}", capacity) for stage in range(1, len(leaves) + 1)]
         self.leaves = any(spec.role == PROMPT for spec in program.entry.inputs)
         if self.leaves and shared is not None:
             raise PlanError.of("tokens_leave", "tokens leave this program, so no other one can share its cache")
@@ -184,7 +187,21 @@ class Cache:
             )
         for stage, name in enumerate(self.entries, 1):
             self.entries[name] = self._results[f"kept_{stage}"]
+        for place, names in enumerate(self._sliced):
+            if names[0] in self._losing:
+                stays, _, dimension = self._losing[names[0]]
+                size = self._rooms.get(dimension, self.capacity)
+                parts = [shortened(self.buffers[name], self._results[stays], size) for name in names]
+                self._swap(place, torch.stack(parts))
         self._least, self._prompt = counts, None
+
+    def _swap(self, place: int, block: torch.Tensor) -> None:
+        """Let buffers be slices of another block, in what steps are given as well."""
+        self._growing[place] = (block, self._growing[place][1])
+        for name, new in zip(self._sliced[place], block, strict=True):
+            old, self.buffers[name] = self.buffers[name], new
+            for given in self.given.values():
+                given[:] = [new if value is old else value for value in given]
 
     def truncate(self, lengths: int | torch.Tensor) -> None:
         """Forget entries: rows keep the first `lengths` (a number or `[B]`) of what they hold.
@@ -207,6 +224,11 @@ class Cache:
                 raise ValueError("tokens have left the prompt as a whole: truncate to 0 in all rows, or behind it")
             gone = self.lengths - wanted
             self.entries = {name: (own - gone).masked_fill(none, 0) for name, own in self.entries.items()}
+            for place, names in enumerate(self._sliced):
+                if names[0] in self._losing and bool(none.all()):
+                    sizes = list(self._growing[place][0].shape)
+                    sizes[3] = self.capacity
+                    self._swap(place, self._growing[place][0].new_zeros(sizes))
         self.lengths = wanted.clone()
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -229,3 +251,11 @@ def sizes_of(spec: Input, batch: int, capacity: int, rooms: Mapping[str, int]) -
     """
     named = {"C": capacity, **rooms}
     return tuple(size if isinstance(size, int) else named.get(size, batch) for size in spec.shape)
+
+
+def shortened(buffer: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """Entries `index` `[B, L]` of `[B, K, C, D]`, side by side in a buffer of `size` entries."""
+    short = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[3])
+    wide = index[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+    short[:, :, : index.shape[1]] = buffer.gather(2, wide)
+    return short

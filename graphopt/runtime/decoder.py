@@ -100,7 +100,7 @@ class Decoder:
                 real = torch.ones_like(tokens) if prompt is None else prompt.to(tokens)
                 real = real if first else real[:, :0]
                 counts = real.sum(-1) if first else None
-                slots.held = tuple(zip(cache.entries.values(), cache.rooms, strict=True))
+                slots.held = tuple(cache.entries.values())
                 for key, value in ((PROMPT, real), *cache.entries.items()):
                     if key in form.inputs:
                         given[form.inputs[key]] = value

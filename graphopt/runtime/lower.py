@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from graphopt.ir.leaving import PROMPT, Leaving, leaving
+from graphopt.ir.leaving import OF_PROMPT, PROMPT, Leaving, leaving
 from graphopt.ir.program import Input, Program, specialise
 from graphopt.ops.cached import attend, attend_behind, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
@@ -98,10 +98,10 @@ class Lowered:
         args, kwargs = self.specialised(args), self.specialised(kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def behind(self, keys: fx.Node) -> int:
-        """Behind how many stages at which tokens leave a cache is."""
-        shape = next(spec.shape for spec in self.program.entry.inputs if spec.name == keys.meta["input"])
-        return int(str(shape[2])[1:] or 0) if self.leaving is not None else 0
+    def behind(self, lengths: fx.Node) -> int:
+        """The stage at which what has not left by then is what a cache holds; 0 for all tokens."""
+        leaves = [spec.name for spec in self.program.entry.inputs if spec.role == "entries"]
+        return leaves.index(lengths.meta["input"]) + 1 if lengths.meta.get("input") in leaves else 0
 
     def specialised(self, arguments: Any) -> Any:
         """Arguments with the dtype and device of this run."""
@@ -204,8 +204,8 @@ class _Writer:
         return self.known is not None and found is not None and _lets_leave(node, found)
 
     def _untold(self, name: str) -> bool:
-        """Whether a result says how many tokens of a prompt have stayed, in a form that is given none."""
-        return self.known is not None and self.of.leaving is not None and name.startswith("kept_")
+        """Whether a result says which tokens of a prompt have stayed, in a form that is given none."""
+        return self.known is not None and self.of.leaving is not None and name.startswith(OF_PROMPT)
 
     def _inputs(self, taken: tuple[Key, ...]) -> dict[str, int]:
         roles = {spec.name: spec.role for spec in self.of.program.entry.inputs}
@@ -253,7 +253,7 @@ class _Writer:
         if node.target is cached_attention:
             head, rest = fx.node.map_arg((args[:5], args[8:]), self._operand)
             mask, sinks, scale, window, softcap = rest
-            if behind := self.of.behind(args[3]):  # type: ignore[arg-type]
+            if behind := self.of.behind(args[5]):  # type: ignore[arg-type]
                 return call(attend_behind, (behind, *head, self.slots, *rest))
             if self.single and mask is sinks is window is softcap is None:
                 return self._beside(node, call(attend_one, (*head, self.slots, scale)))

@@ -6,7 +6,7 @@ import torch
 
 from graphopt.compiler import verify
 from graphopt.ir.extract import extract
-from graphopt.ir.leaving import PROMPT, with_prompt
+from graphopt.ir.leaving import OF_PROMPT, PROMPT, with_prompt
 from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 from graphopt.passes.cache.insert_cache import InsertCache
@@ -56,7 +56,7 @@ def compare(cached: Program, plain: Program, bound: float) -> None:
     # take in is the cache's.
     first, *rest = cached.entry.outputs
     taken = tuple(f"{held.stem}_new_" for held in held_of(cached))
-    taken = (*taken, "kept_")
+    taken = (*taken, *OF_PROMPT)
     decoder = Decoder(extract(cached, [first, *(name for name in rest if name.startswith(taken))]), torch.float64)
     choosing = with_prompt(plain)
     whole = choosing.module(torch.float64)

@@ -120,7 +120,7 @@ class BoundCache(Pass):
             if block is None or not context.covers(block.index, block.path):
                 declines.append(Decline(context.views.candidate(attention), "where does not cover it"))
                 continue
-            reason = fits(attention)
+            reason = fits(program, attention)
             if reason is None and self.positions == "renumber":
                 reason = turnable(program, attention.core)
             if reason is None:

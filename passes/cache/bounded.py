@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.follow import Lost
+from graphopt.ir.leaving import leaving
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Const
@@ -134,10 +136,12 @@ class Gate(Edit):
         """Nothing: gates of 1 change nothing."""
 
 
-def fits(attention: Attention) -> str | None:
+def fits(program: Program, attention: Attention) -> str | None:
     """Why the cache of an attention cannot be bounded; None when it can."""
     core = attention.core
     mask = core.args[3]
+    if loses_past(program, core):
+        return "what leaves in a later layer leaves its cache, so that its policy would not see what it holds"
     if core.target is ops.bounded_attention.default and core.args[10] is None:
         return "it is bounded already"
     if core.target not in (ops.attention.default, ops.bounded_attention.default):
@@ -151,6 +155,16 @@ def fits(attention: Attention) -> str | None:
     if isinstance(mask, fx.Node) and mask.meta["val"].dim() != 2:
         return "its mask is computed by the graph, and would lose the columns of what is gone"
     return None
+
+
+def loses_past(program: Program, core: fx.Node) -> bool:
+    """Whether the cache of an attention loses what leaves in a later layer."""
+    try:
+        found = leaving(program)
+    except Lost:
+        return False
+    level = None if found is None else found.level(core.args[1].meta["val"].shape[2])  # type: ignore[union-attr]
+    return found is not None and level is not None and level < found.past
 
 
 def turnable(program: Program, core: fx.Node) -> str | None:

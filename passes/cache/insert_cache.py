@@ -137,6 +137,8 @@ class InsertCache(Pass):
                 return f"its {name} are {list(shape)}, not [B, heads, S, size]"
         if _level(sequence, q.meta["val"].shape[2]):  # type: ignore[union-attr]
             return self._unfit_behind(attention, sequence)
+        if sequence.leaving is not None and sequence.leaving.past:
+            return self._unfit_past(attention, sequence)
         if mask is not None and mask in sequence.live:
             return "its mask depends on the tokens"
         computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
@@ -147,6 +149,19 @@ class InsertCache(Pass):
         if mask is not None and not computed and not sequence.is_padding(mask):  # type: ignore[arg-type]
             return f"its mask %{mask.name} is no padding"  # type: ignore[union-attr]
         return None
+
+    def _unfit_past(self, attention: Attention, sequence: Sequence) -> str | None:
+        """Why an attention whose cache loses what leaves later cannot be cached."""
+        from graphopt.ops import bounded_attention
+
+        core, mask = attention.core, attention.core.args[3]
+        if core.target is bounded_attention:
+            return "what leaves later leaves its cache, and its heads are bounded"
+        if not attention.causal:
+            return "it sees later tokens"
+        if mask is not None and (mask.meta["val"].dim() != 2 or not sequence.is_padding(mask)):  # type: ignore[union-attr,arg-type]
+            return "what leaves later leaves its cache, and its mask says more than which tokens are there"
+        return None if core.args[7] is None else "what leaves later leaves its cache, and its window counts places"
 
     def _unfit_behind(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention behind a stage at which tokens leave cannot be cached."""

@@ -63,7 +63,7 @@ class LearnGates(Pass):
         for attention in context.views.attentions:
             block = layers.get(attention.core)
             covered = block is not None and context.covers(block.index, block.path)
-            reason = fits(attention) if covered else "where does not cover it"
+            reason = fits(context.program, attention) if covered else "where does not cover it"
             if attention.core.target is bounded_attention:
                 reason = "it is bounded already"
             if reason is not None:

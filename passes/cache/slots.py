@@ -19,6 +19,7 @@ from graphopt.passkit.edits import Edit
 from graphopt.views import Views
 
 aten = torch.ops.aten
+ops = torch.ops.graphopt
 CAPACITY = Dim("C", 1, 1 << 24, 29)
 _SHARED = "insert_cache"
 TEXT = ("tokens", "padding", "positions")
@@ -76,7 +77,7 @@ class Slot(Edit):
         mask = stage.mask(views.program.nodes[self.node])
         made = rewriter.call(
             torch.ops.graphopt.cached_attention.default,
-            q, k, v, *buffers, *stage.where(self.level), mask, sinks, scale, window, softcap,
+            q, k, v, *buffers, *stage.held_at(self.level), mask, sinks, scale, window, softcap,
             before=core,
         )  # fmt: skip
         rewriter.replace(core, made)
@@ -126,6 +127,7 @@ class Stage:
         rewriter.add_dim(CAPACITY)
         self.batch = batch
         self._levels: list[tuple[fx.Node, fx.Node, fx.Node]] = [(self.lengths, self.positions, self.ancestors)]
+        self._held: list[tuple[fx.Node, fx.Node, fx.Node]] = []
         self._behind: dict[int, Places] = {}
         self.prompt: Prompt | None = None
         if self.sequence.leaving is not None:
@@ -168,11 +170,25 @@ class Stage:
             self._levels.append((entries, places, call(aten.slice.Tensor, rows, 2, 0, count)))
             kept = rewriter.call(aten.sum.dim_IntList, real, [1], after=real)
             rewriter.add_output(f"kept_{level}", kept)
+        for entries, places, rows in self._levels[: found.past]:
+            # Behind the prompt they hold what has not left by then, so that slots are counted as there.
+            count = call(aten.sym_size.int, places, 1)
+            part = call(aten.slice.Tensor, depth, 1, 0, count)
+            entries = held[found.past - 1]
+            places = call(aten.add.Tensor, call(aten.unsqueeze.default, entries, 1), part)
+            self._held.append((entries, places, rows))
         prompt.last = last
+        taken: fx.Node | None = None
+        for level in range(found.past, 0, -1):
+            index = rewriter.node(found.stages[level - 1])
+            if taken is not None:
+                index = rewriter.call(ops.take_tokens.default, index, taken, 1, after=taken)
+            taken = index
+            rewriter.add_output(f"stay_{level - 1}", taken)
 
-    def where(self, level: int) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """Lengths, positions and ancestors behind so many stages."""
-        return self._levels[level]
+    def held_at(self, level: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """How many entries a cache behind so many stages holds, the slots behind them, and who sees whom."""
+        return self._held[level] if level < len(self._held) else self._levels[level]
 
     def buffers(self, slot: Slot) -> tuple[fx.Node, ...]:
         """Inputs for the keys and values of a slot, where it grows."""
@@ -285,7 +301,7 @@ class Stage:
     def visible(self, call: Any, window: int | None, level: int, keys: fx.Node) -> fx.Node:
         """Which of C slots and S new entries each new token sees, `[B, 1, S, C + S]`, behind so many stages."""
         assert self._places is not None
-        frame, (lengths, positions, ancestors) = self._places.frame, self._levels[level]
+        frame, (lengths, positions, ancestors) = self._places.frame, self.held_at(level)
         length, capacity = frame.length, frame.capacity
         if self.prompt is not None and level:
             length, capacity = self.prompt.lengths[level], call(aten.sym_size.int, keys, 2)

@@ -7,12 +7,13 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from graphopt.diagnostics import PlanError
 from graphopt.passes.tokens.options import Kept
 from graphopt.passkit.base import Context, Pass
 from graphopt.passkit.facts import Effect, Fact
+from graphopt.spec.scalars import ScalarError
 from graphopt.spec.selectors import Layers
 
 if TYPE_CHECKING:
@@ -39,9 +40,18 @@ class TokenPass(Pass):
     positions: Literal["keep", "renumber"] = "keep"
     """whether tokens behind them move up"""
 
+    @model_validator(mode="after")
+    def _has_past(self) -> TokenPass:
+        if self.past == "drop" and self.span == "patches":
+            raise ScalarError.about("unread", "patches have no past: nothing is written behind them")
+        return self
+
     def reads(self) -> Literal["none", "rows", "whole"]:
         """Weights stay as they are."""
         return "none"
+
+    past: Literal["keep", "drop"] = "keep"
+    """whether words behind the prompt see, in layers in front of the last stage, what leaves there"""
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -104,8 +114,13 @@ class TokenPass(Pass):
 
     def check(self, span: Span, shares: Iterable[tuple[int, int]]) -> None:
         """Raise NoSpan when options do not fit the span."""
+        from graphopt.ops import attention
         from graphopt.passes.tokens.span import NoSpan
 
+        if self.past == "drop" and any(
+            a.core.target is not attention for block in span.blocks for a in block.attentions
+        ):
+            raise NoSpan("past: drop needs plain attention, without bounded heads")
         if self.positions == "renumber":
             cores = [a for block in span.blocks for a in block.attentions]
             if any(a.window is not None or a.positions == "bias" for a in cores):

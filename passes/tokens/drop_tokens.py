@@ -40,7 +40,9 @@ class DropTokens(TokenPass):
     with fewer than the others needs as much padding as those lose, and is refused where it has less.
 
     While a text is written, the prompt alone decides: what leaves is chosen among its tokens and by them, and no word
-    behind it leaves. That holds with a cache (insert_cache), whose later layers hold as much less, and without one.
+    behind it leaves. That holds with a cache (insert_cache), whose later layers hold as much less, and without one. With
+    `past: drop` words behind the prompt see in no layer what the last stage does not leave, so that the caches of all
+    layers in front of it lose that as well, when the prompt has run (the decode stage of MustDrop, arXiv 2411.10803).
 
     ```yaml
     - use: drop_tokens
@@ -110,7 +112,7 @@ class DropTokens(TokenPass):
 
         if isinstance(self.score, Attention) and self.score.of == "class" and span.front == 0:
             raise NoSpan("nothing stands in front of the patches, so there is no class token")
-        return Selection(span, self.score, self.action, self.positions)
+        return Selection(span, self.score, self.action, self.positions, self.past)
 
     def plan(self, context: Context) -> Plan:
         """An edit for each chosen layer, a decline for every other one; none at all where tokens cannot be followed."""

@@ -37,7 +37,8 @@ class Gathered(Walk):
             span, real = base["span"], base["real"]
         keep, x = self.choose(stage, x, span, real)
         length = self._length(stage, point)
-        index = self.call(ops.token_index.default, keep, length)
+        everywhere = self.selection.past == "drop" and stage is self.stages[-1]
+        index = self.call(ops.token_index.default, keep, length, *((True,) if everywhere else ()))
         taken = self.call(ops.take_tokens.default, x, index, 1)
         new = level + 1
         self.real[new] = self.call(ops.take_tokens.default, keep, index, 1)

@@ -56,7 +56,7 @@ class MergeTokens(TokenPass):
 
         if isinstance(self.by, Windows) and span.grid == (0, 0):
             raise NoSpan("the patches are not the whole grid of one convolution")
-        return Selection(span, self.by, "merge", self.positions)
+        return Selection(span, self.by, "merge", self.positions, self.past)
 
     def check(self, span: Span, shares: Iterable[tuple[int, int]]) -> None:
         """Windows keep their first token: raises NoSpan when fewer shall stay than there are windows."""

@@ -22,6 +22,7 @@ class Selection:
     score: Choice
     action: str
     positions: str
+    past: str = "keep"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class Stage(Edit):
             "score": self.selection.score.model_dump(mode="json"),
             "action": self.selection.action,
             "positions": self.selection.positions,
+            "past": self.selection.past,
         }
 
     def apply(self, rewriter: Rewriter, views: Views) -> None:

@@ -42,6 +42,24 @@ STEPS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "predictor": ({**IMAGE, "layers": 2, "keep": "25%", "score": "predictor", "recipe": None},),
     "merged": ({**IMAGE, "layers": [0, 2], "keep": "50%", "score": "similarity", "action": "merge"},),
+    "pyramid, no past": (
+        {
+            **IMAGE,
+            "layers": [1, 2, 3],
+            "keep": ["50%", "25%", "12.5%"],
+            "score": {"kind": "attention", "of": "last", "at": "next"},
+            "positions": "renumber",
+            "past": "drop",
+        },
+    ),
+    "from the encoder on, no past": (
+        {"use": "merge_tokens", "span": "patches", "layers": 1, "keep": "75%"},
+        {**IMAGE, "layers": 1, "keep": "50%", "score": {"kind": "attention", "of": "text"}, "past": "drop"},
+        {**IMAGE, "layers": 3, "keep": "25%", "score": {"kind": "attention", "of": "text"}},
+    ),
+    "text, no past": (
+        {**DROP, "span": "text", "layers": [1, 2], "keep": ["50%", "25%"], "score": {"kind": "random"}, "past": "drop"},
+    ),
     "text": ({**DROP, "span": "text", "layers": [1, 2], "keep": ["50%", "25%"], "score": {"kind": "random"}},),
     "text, moved up": (
         {
@@ -91,7 +109,7 @@ def test_laws(name: str, law: str) -> None:
     LAWS[law](PassRegistry().get("insert_cache")(), fewer(name))
 
 
-@pytest.mark.parametrize("name", ["pyramid", "from the encoder on"])
+@pytest.mark.parametrize("name", ["pyramid", "pyramid, no past", "from the encoder on, no past"])
 def test_generation_is_the_same_with_padding_and_pictures(name: str) -> None:
     """Row 0 is longer than the others, which are padded."""
     asked = question(3)
@@ -103,7 +121,7 @@ def test_generation_is_the_same_with_padding_and_pictures(name: str) -> None:
     assert torch.equal(generate(Decoder(cached(name), torch.float64), ids, **given), plain)
 
 
-@pytest.mark.parametrize("name", ["text", "text, moved up"])
+@pytest.mark.parametrize("name", ["text", "text, moved up", "text, no past"])
 def test_drafted_tokens_are_those_of_plain_decoding(name: str) -> None:
     prompt = torch.tensor([3, 4, 2, 1, 3, 4, 2, 1, 3, 4])
     plain = generate(fewer(name).module(torch.float64), prompt[None], max_new_tokens=12)
@@ -111,6 +129,38 @@ def test_drafted_tokens_are_those_of_plain_decoding(name: str) -> None:
     found, log = drafted.generate(prompt, 12)
     assert torch.equal(found, plain[0])
     assert log.acceptance_rate > 0
+
+
+def test_caches_without_past_are_as_short_as_the_last_stage() -> None:
+    """Behind the prompt all layers hold what the last stage has left: bytes are as counted, and a text begins anew."""
+    given, program = question(2), cached("pyramid, no past")
+    decoder = Decoder(program)
+    held = decoder.cache(2, 30, prompt=22, pixel_values=given["pixel_values"])
+    whole = held.bytes()
+    for _ in range(2):
+        decoder.step(held, given["input_ids"])
+        held.commit(22)
+        assert held.bytes() == cost(program).at(B=2, S=22, C=30, P=22, I=2)["kv_bytes"]
+        assert {buffer.shape[2] for buffer in held.buffers.values()} == {30 - ENTRIES + 2}
+        held.truncate(0)
+    assert whole > cost(program).at(B=2, S=22, C=30, P=22, I=2)["kv_bytes"]
+    rest = cost(fewer("pyramid, no past")).at(B=2, S=22, I=2)["kv_bytes"]
+    assert rest == cost(fewer("pyramid")).at(B=2, S=22, I=2)["kv_bytes_per_token"] * 2 * (6 + 2)
+
+
+def test_words_see_in_no_layer_what_has_left() -> None:
+    """A prompt's own results stay; words behind it see less than where earlier layers keep what leaves later."""
+    given = question(1)
+    prompt = torch.ones_like(given["input_ids"])
+    ids = torch.cat([given["input_ids"], torch.tensor([[3, 4]])], 1)
+    pixels = given["pixel_values"].double()
+    with torch.no_grad():
+        kept, lost = (
+            with_prompt(fewer(name)).module(torch.float64)(input_ids=ids, pixel_values=pixels, prompt=prompt)[0]
+            for name in ("pyramid", "pyramid, no past")
+        )
+    assert torch.equal(kept[:, :22], lost[:, :22])
+    assert (kept[:, 22:] - lost[:, 22:]).abs().max() > 1e-3
 
 
 def test_two_pictures_in_a_row() -> None:

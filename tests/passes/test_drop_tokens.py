@@ -253,6 +253,7 @@ def test_counted_flops_are_those_of_the_run(case: str) -> None:
         ({"span": "text", "layers": 1, "keep": 3}, "keep a share"),
         ({"span": "image", "layers": 1, "keep": "50%", "last": 2}, "reads last only with span: text"),
         ({"span": "image", "layers": 1, "keep": "150%"}, "more than 100%"),
+        ({"span": "patches", "layers": 1, "keep": "50%", "past": "drop"}, "patches have no past"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
