@@ -32,7 +32,8 @@ HELD = 512 << 20
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",
-    "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+    "processor_config.json", "preprocessor_config.json", "generation_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 _SLACK = 1 << 20
 

@@ -19,6 +19,7 @@ from torch import fx
 from graphopt.artifact.match import Match, match
 from graphopt.artifact.relatives import relatives
 from graphopt.diagnostics import ArtifactError, GraphoptError
+from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 
 MOST_CAPTURES = 14
@@ -99,6 +100,10 @@ def _climb(search: _Search, values: Values) -> Stock | tuple[str, ...]:
     shapes = {name: (stock.weights[name].expr.shape, stock.weights[name].expr.dtype) for name in best.binding}
     config = _config(search, best_values)
     config.architectures = [_architecture(search)]
+    pictures = splices(search.program)
+    if len(pictures) == 1 and hasattr(config, "image_seq_length"):
+        # It says how many entries a picture gives, which the graph shows and nothing else reads.
+        config.image_seq_length = pictures[0].entries
     return Stock(config, best.binding, shapes)
 
 

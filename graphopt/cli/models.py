@@ -148,6 +148,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to add at most.")] = 64,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that the prompt has a place for; may be repeated.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[
@@ -181,7 +184,11 @@ def generate(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
-    ids = tokenizer.encode(prompt).ids
+    ids, context = tokenizer.encode(prompt).ids, {}
+    if image:
+        from graphopt.frontend.processor import read_pictures
+
+        ids, context = read_pictures(program, prompt, image)
     if not ids:
         raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
     drafting = drafting_of(program) if draft and cache else None
@@ -191,7 +198,7 @@ def generate(
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         drafted = speculator(program, drafting, **options)  # type: ignore[arg-type]
         ends, written = _end_tokens(program), _Writer(tokenizer, ids, silent=as_json)
-        found, log = drafted.generate(torch.tensor(ids), max_new_tokens, ends, stream=written.add)
+        found, log = drafted.generate(torch.tensor(ids), max_new_tokens, ends, stream=written.add, **context)
         _show_text(written, prompt, found.tolist(), as_json, cached=True, drafts=log.to_json())
         return
     reason = None
@@ -215,6 +222,7 @@ def generate(
         stop=tuple(stop or ()),
         decode=tokenizer.decode,
         stream=lambda token: written.add(int(token[0])),
+        **context,
     )
     _show_text(written, prompt, result[0].tolist(), as_json, cached=cache and reason is None)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import graphopt
 from graphopt.cli import app
 
 RUNNER = CliRunner()
+TINY_VLM = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm"
 
 
 def call(*arguments: str | Path, code: int = 0) -> Any:
@@ -138,12 +140,31 @@ def test_generate_streams_the_continuation(checkpoint: Path) -> None:
     assert drawn[0]["tokens"][:2] == found["tokens"][:2]
 
 
+def test_generate_looks_at_pictures(tmp_path: Path) -> None:
+    """A picture stands where the prompt says; with a cache or without, the answer is about it."""
+    picture = Image.new("RGB", (32, 32), (90, 90, 90))
+    picture.paste((25, 190, 40), (9, 9, 16, 16))
+    picture.save(tmp_path / "green.png")
+    asked = ("--prompt", "<s> <image> what color is the square ?", "--max-new-tokens", "1")
+    found = data("generate", TINY_VLM, *asked, "--image", tmp_path / "green.png")
+    assert found["text"].endswith("? green")
+    assert data("generate", TINY_VLM, *asked, "--image", tmp_path / "green.png", "--no-cache")["text"] == found["text"]
+    unplaced = call("generate", TINY_VLM, "--prompt", "list all ?", "--image", tmp_path / "green.png", code=1)
+    assert "write <image> once for each picture" in unplaced.stderr
+    (tmp_path / "text.png").write_text("no picture")
+    assert (
+        "cannot be read as a picture"
+        in call("generate", TINY_VLM, *asked, "--image", tmp_path / "text.png", code=1).stderr
+    )
+
+
 def test_generate_says_what_it_cannot_do(checkpoint: Path, tmp_path: Path) -> None:
     idle = call("generate", checkpoint, "--prompt", "def", "--top-k", "5", code=2)
     assert "nothing is drawn at temperature 0" in idle.stderr
     spec = tmp_path / "spec.yaml"
     spec.write_text("graphopt: 1\n")
     assert f"graphopt run {spec} --out" in call("generate", spec, "--prompt", "def", code=1).stderr
+    assert "no picture is written" in call("generate", checkpoint, "--prompt", "def", "--image", spec, code=1).stderr
 
 
 def test_explain_json_and_graph(checkpoint: Path) -> None:

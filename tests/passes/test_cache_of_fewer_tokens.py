@@ -11,6 +11,7 @@ import torch
 
 from graphopt.compiler.verify_decode import verify_decode
 from graphopt.cost import cost
+from graphopt.diagnostics import PlanError
 from graphopt.ir.leaving import with_prompt
 from graphopt.ir.program import Program
 from graphopt.passkit import Context, PassRegistry
@@ -18,6 +19,7 @@ from graphopt.passkit.edits import apply_edits
 from graphopt.runtime import Decoder, generate, with_cache
 from graphopt.runtime.speculate import Fixed, Speculator
 from graphopt.runtime.speculate.copying import Copy
+from graphopt.runtime.speculate.network import Chain
 from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.views import Views
@@ -161,6 +163,17 @@ def test_words_see_in_no_layer_what_has_left() -> None:
         )
     assert torch.equal(kept[:, :22], lost[:, :22])
     assert (kept[:, 22:] - lost[:, 22:]).abs().max() > 1e-3
+
+
+def test_drafts_behind_a_picture() -> None:
+    given = question(1)
+    ids, pixels = given["input_ids"], given["pixel_values"].double()
+    plain = generate(fewer("pyramid, no past").module(torch.float64), ids, max_new_tokens=8, pixel_values=pixels)
+    decoder = Decoder(cached("pyramid, no past"), torch.float64)
+    found, _ = Speculator(decoder, Copy(2, 6), Fixed(4)).generate(ids[0], 8, pixel_values=pixels)
+    assert torch.equal(found, plain[0])
+    with pytest.raises(PlanError, match="reads the tokens alone"):
+        Speculator(decoder, Chain(decoder, part=True), Fixed(4)).generate(ids[0], 8, pixel_values=pixels)
 
 
 def test_two_pictures_in_a_row() -> None:

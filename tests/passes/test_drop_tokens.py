@@ -195,10 +195,22 @@ def test_text_without_pictures_passes_whole() -> None:
         assert torch.equal(program.module()(input_ids=ids)[0], whole.module()(input_ids=ids)[0])
 
 
+SCORES: tuple[Any, ...] = (
+    "norm",
+    "similarity",
+    {"kind": "random"},
+    {"kind": "predictor", "width": 4},
+    *({"kind": "attention", "of": of, "at": at} for of in ("all", "last", "text") for at in ("before", "next")),
+)
+
+
 @pytest.mark.parametrize("keep", ["100%", 16])
-def test_keeping_all_is_no_edit(keep: object) -> None:
+@pytest.mark.parametrize("action", ["drop", "merge"])
+@pytest.mark.parametrize("score", SCORES, ids=str)
+def test_keeping_all_is_no_edit(score: Any, action: str, keep: object) -> None:
+    """With everything kept the program stays as it is, bit for bit."""
     views = Views(reader_program())
-    plan = step(span="image", layers=1, keep=keep).plan(Context(views, (0,)))
+    plan = step(span="image", layers=[1, 2], keep=[keep, keep], score=score, action=action).plan(Context(views, (0,)))
     assert not plan.edits
     assert {decline.candidate for decline in plan.declines} == {block.path for block in views.blocks}
 

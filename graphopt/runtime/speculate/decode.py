@@ -16,6 +16,7 @@ from graphopt.runtime.speculate.accept import Acceptance, Greedy
 from graphopt.runtime.speculate.control import Controller, Fixed
 from graphopt.runtime.speculate.drafter import Drafter, Rows
 from graphopt.runtime.speculate.log import Event, Log
+from graphopt.runtime.speculate.network import Network
 from graphopt.runtime.speculate.tree import Tree
 
 
@@ -39,10 +40,13 @@ class Speculator:
         max_new_tokens: int,
         eos: int | Iterable[int] | None = None,
         stream: Callable[[int], object] | None = None,
+        **context: torch.Tensor,
     ) -> tuple[torch.Tensor, Log]:
         """Continue a prompt `[S]` by at most `max_new_tokens`, up to the first `eos`; the whole sequence and its log.
 
-        `stream` sees every token as it is decided. Raises PlanError for anything but one prompt with tokens.
+        `stream` sees every token as it is decided. `context` are the program's other inputs, such as the pictures of the
+        prompt. Raises PlanError for anything but one prompt with tokens, and for pictures before a drafter that reads
+        the text with a program of its own.
         """
         if prompt.dim() != 1 or not len(prompt):
             raise PlanError.of("no_prompt", f"speculation continues one prompt [S], not {list(prompt.shape)}")
@@ -50,7 +54,14 @@ class Speculator:
         sequence, log, tell = prompt.tolist(), Log(), stream or (lambda token: None)
         if max_new_tokens < 1:
             return prompt, log
-        cache = self.decoder.cache(1, len(prompt) + max_new_tokens + self.controller.most)
+        if context and isinstance(self.drafter, Network):
+            raise PlanError.of(
+                "drafter_blind",
+                f"{', '.join(context)}: a drafter that is a program reads the tokens alone",
+                help=("draft by copying, recycling or heads, or decode without drafts",),
+            )
+        room = len(prompt) + max_new_tokens + self.controller.most
+        cache = self.decoder.cache(1, room, prompt=len(prompt), **context)
         with torch.inference_mode():
             sequence.append(self._begin(cache, tuple(sequence), log))
             tell(sequence[-1])
