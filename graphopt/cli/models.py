@@ -184,7 +184,8 @@ def generate(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
-    ids, context = tokenizer.encode(prompt).ids, {}
+    context: dict[str, torch.Tensor] = {}
+    ids = tokenizer.encode(prompt).ids
     if image:
         from graphopt.frontend.processor import read_pictures
 
