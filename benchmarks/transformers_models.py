@@ -128,6 +128,28 @@ def table(known: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def counts(known: dict[str, Any]) -> str:
+    """Graphs and recompilations of every class as Markdown, classes with the same numbers in one row."""
+    runs = {name: found for name, found in known["runs"].items() if found}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in CLASSES:
+        cells: tuple[str, ...] = ()
+        for found in runs.values():
+            row = found.get(name, {"result": "not run"})
+            own = (str(row["graphs"]), str(row["recompiled"])) if row["result"] == "ok" else (row["result"], "")
+            cells += own
+        groups.setdefault(cells, []).append(name)
+    heads = [f"{what}, {name}" for name in runs for what in ("graphs", "recompiled")]
+    lines = ["| classes | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for cells, names in sorted(groups.items(), key=lambda each: -len(each[1])):
+        kinds: dict[str, list[str]] = {}
+        for name in names:
+            kinds.setdefault(name.split("/")[0], []).append(name.split("/")[1])
+        said = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in kinds.items())
+        lines.append(f"| {len(names)}: {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run a backend over the classes, or those named."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"lengths": LENGTHS, "runs": {}}
     if arguments.table:
-        print(table(known))
+        print(table(known), counts(known), sep="\n\n")
         return
     warnings.simplefilter("ignore")
     torch._logging.set_logs(all=logging.CRITICAL)
