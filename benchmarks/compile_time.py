@@ -353,9 +353,9 @@ def page(known: dict[str, Any]) -> str:
             "|---|---:|---:|---:|---:|",
         ]
         for peer, own in known["compile"].items():
-            cells = [own[str(n)][f"{kind}_seconds"] for n in DEPTHS
-                     for kind in ("cold", "cold_process", "warm", "warm_process")]  # fmt: skip
-            lines.append(f"| {peer} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+            kinds = ("cold", "cold_process", "warm", "warm_process")
+            cells = [own[str(n)].get(f"{kind}_seconds") for n in DEPTHS for kind in kinds]
+            lines.append(f"| {peer} | {' | '.join('' if cell is None else f'{cell:.2f}' for cell in cells)} |")
     if "overhead" in known:
         lines += ["", "## Around a call, 32 layers", "", "Microseconds of a call whose work was done before. What",
                   "`torch.compile` takes is Dynamo's checks of the model; `options={\"guard_filter_fn\":",
