@@ -19,11 +19,18 @@ from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_te
 from graphopt.backends.loops import spread
 from graphopt.backends.packed import UNPACKED
 from graphopt.backends.pointwise import CASTS, SIGNATURE, TRITON
-from graphopt.ops import attention, bounded_attention, cached_attention, heavy_weights, held_attention
+from graphopt.ops import (
+    attention,
+    bounded_attention,
+    cached_attention,
+    heavy_weights,
+    held_attention,
+    packed_attention,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MOST_FEATURES = 256
-CORES = (attention, cached_attention, bounded_attention, held_attention, heavy_weights)
+CORES = (attention, cached_attention, bounded_attention, held_attention, heavy_weights, packed_attention)
 
 
 def operands(node: fx.Node) -> dict[str, Any]:
@@ -34,8 +41,9 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 def _has_template(node: fx.Node) -> bool:
     from graphopt.backends.held import is_bounded
+    from graphopt.backends.packed_cache import is_packed
 
-    return node.target in (attention, cached_attention) or is_bounded(node)
+    return node.target in (attention, cached_attention) or is_bounded(node) or is_packed(node)
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -135,9 +143,29 @@ class AttentionEmitter(Emitter):
 
     def body(self) -> tuple[list[str], list[str], list[str]]:
         """Lines before the loop over keys, the loop's, and those after it."""
-        d, t = self.index("d", self.features), self.index("t", self.keys)
-        d_down, t_down = self.index("d_down", self.features), self.index("t_down", self.keys)
-        query = self.read(self.q, [self.b, self.h, self.row, d], "[MBLOCK, DBLOCK]")
+        query = self.read(self.q, [self.b, self.h, self.row, self.index("d", self.features)], "[MBLOCK, DBLOCK]")
+        loop = self.stretch()
+        before = [*self.blocks[0].lines, f"query = {query}.to(DOT)"]
+        before += [
+            'best = tl.full([MBLOCK, 1], -float("inf"), tl.float32)',
+            "total = tl.zeros([MBLOCK, 1], tl.float32)",
+        ]
+        before.append("acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)")
+        self.blocks[0].lines = []
+        before += self.opened()
+        after: list[str] = []
+        if self.sinks is not None:
+            sink = self.read(self.sinks, [self.h])
+            after = [*self.blocks[0].lines, f"top = tl.maximum(best, {sink})", "kept = tl.exp(best - top)"]
+            after += [f"total = total * kept + tl.exp({sink} - top)", "acc = acc * kept", "best = top"]
+            self.blocks[0].lines = []
+        return before, loop, after
+
+    def stretch(self) -> list[str]:
+        """The lines of a loop over keys."""
+        t, d_down, t_down = (
+            self.index("t", self.keys), self.index("d_down", self.features), self.index("t_down", self.keys)
+        )  # fmt: skip
         with self.loop("t") as loop:
             say = loop.lines.append
             self.place(say)
@@ -165,21 +193,7 @@ class AttentionEmitter(Emitter):
             values = self.value_tile(t_down, self.index("e", self.width))
             loop.lines += self.gathered(values)
             loop.lines += [f"acc = acc * kept + tl.dot(weights.to(DOT), {values}.to(DOT){self.exact()})", "best = top"]
-        before = [*self.blocks[0].lines, f"query = {query}.to(DOT)"]
-        before += [
-            'best = tl.full([MBLOCK, 1], -float("inf"), tl.float32)',
-            "total = tl.zeros([MBLOCK, 1], tl.float32)",
-        ]
-        before.append("acc = tl.zeros([MBLOCK, EBLOCK], tl.float32)")
-        self.blocks[0].lines = []
-        before += self.opened()
-        after: list[str] = []
-        if self.sinks is not None:
-            sink = self.read(self.sinks, [self.h])
-            after = [*self.blocks[0].lines, f"top = tl.maximum(best, {sink})", "kept = tl.exp(best - top)"]
-            after += [f"total = total * kept + tl.exp({sink} - top)", "acc = acc * kept", "best = top"]
-            self.blocks[0].lines = []
-        return before, loop.lines, after
+        return loop.lines
 
     def preparing(self) -> list[str]:
         """Lines of the launch that make the extra arguments."""
@@ -367,7 +381,7 @@ def build(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
             return held.build_weights(node)
         if node.target is held_attention and node.args[8] is not None:
             return held.build_weighed(node, nodes, outputs)
-    if node.target in (cached_attention, held_attention) or (
+    if node.target in (cached_attention, held_attention, packed_attention) or (
         node.target is attention and same(node.args[0].meta["val"].shape[2], 1)  # type: ignore[union-attr]
     ):
         from graphopt.backends.decode import build_split

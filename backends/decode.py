@@ -15,7 +15,7 @@ from graphopt.backends.index import ZERO, Index, same, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, call_text, kernel_text
 from graphopt.backends.loops import spread
 from graphopt.backends.pointwise import SIGNATURE
-from graphopt.ops import attention, cached_attention
+from graphopt.ops import attention, cached_attention, packed_attention
 
 SPLITS = 8
 M = frozenset("m")
@@ -167,6 +167,10 @@ def _emitter(node: fx.Node, nodes: Sequence[fx.Node]) -> AttentionEmitter:
         return AttentionEmitter(node, nodes)
     if node.target is cached_attention:
         return CachedEmitter(node, nodes)
+    if node.target is packed_attention:
+        from graphopt.backends.packed_cache import PackedEmitter
+
+        return PackedEmitter(node, nodes)
     from graphopt.backends.held import HeldEmitter
 
     return HeldEmitter(node, nodes)

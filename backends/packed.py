@@ -30,7 +30,8 @@ def unpacked(emitter: Emitter, node: fx.Node, indices: Sequence[Index], guard: I
     one, other = widths
     rest, place = list(indices[:-1]), indices[-1]
     if node.target is _OPS.dequantise.default:
-        return _on_grid(emitter, node, rest, place, guard)
+        packed, scale, low, bits, group, _ = node.args
+        return on_grid(emitter, (packed, scale, low), bits, group, [*rest, place], guard)  # type: ignore[arg-type]
     if node.target is _OPS.from_palette.default:
         text, axes = _code(emitter, first, one, rest, place, guard)
         code = Index(emitter.line(f"{text}.to(tl.int32)" if one == 8 else text, "code", axes), axes)
@@ -57,11 +58,12 @@ def _code(emitter: Emitter, packed: object, bits: int, rest: list[Index], place:
     return f"({text} & {2**bits - 1})", code.axes | place.axes
 
 
-def _on_grid(emitter: Emitter, node: fx.Node, rest: list[Index], place: Index, guard: Index | None) -> Written:
-    """low + scale * code."""
-    packed, scale, low, bits, group, _ = node.args
-    assert isinstance(bits, int)
-    assert isinstance(group, int)
+def on_grid(
+    emitter: Emitter, stored: Sequence[object], bits: int, group: int, indices: list[Index], guard: Index | None = None
+) -> Written:
+    """low + scale * code, at some place of rows that are `stored` as bytes, scale and lowest value."""
+    packed, scale, low = stored
+    rest, place = indices[:-1], indices[-1]
     code, axes = _code(emitter, packed, bits, rest, place, guard)
     where = [*rest, quotient(place, group)]
     step, least = emitter.value(scale, where, guard), emitter.value(low, where, guard)

@@ -20,6 +20,7 @@ import yaml
 
 import graphopt
 from graphopt.compiler.text import tokens_of
+from graphopt.cost import cost
 from graphopt.ir.program import Program
 from graphopt.observe.text import token_input
 from graphopt.passes.cache.bounded import Bound
@@ -37,6 +38,7 @@ LENGTH, BATCH = 512, 4
 BUDGETS = (16, 64, 256)
 SINK = 4
 RECIPE = {"steps": 60, "batch": 1, "seq": 256, "rate": 5e-2, "warmup": 5}
+GRIDS = [{"bits": bits, "group": 32, "recent": recent} for recent in (32, 128) for bits in (8, 4, 2)]
 GATES = {"use": "learn_gates", "sink": SINK, "recent": 60, "recipe": RECIPE}
 
 
@@ -86,9 +88,9 @@ def perplexity(program: Program, windows: torch.Tensor) -> float:
     return math.exp(total / len(windows))
 
 
-def cache_bytes(program: Program) -> tuple[int, int]:
+def cache_bytes(program: Program, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """Bytes of keys and values in a cache for one window, and of what is written down beside them."""
-    buffers = Cache(changed(program, {"use": "insert_cache"})[0], 1, LENGTH, torch.float32).buffers
+    buffers = Cache(changed(program, {"use": "insert_cache"})[0], 1, LENGTH, dtype).buffers
     sizes = {name: buffer.numel() * buffer.element_size() for name, buffer in buffers.items()}
     beside = sum(size for name, size in sizes.items() if name.endswith(("_places", "_mass")))
     return sum(sizes.values()) - beside, beside
@@ -112,6 +114,19 @@ def row(program: Program, whole: dict[str, Any], name: str, entries: int, window
         "perplexity": perplexity(bounded, windows),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def quantised_row(program: Program, grid: dict[str, int], windows: torch.Tensor) -> dict[str, Any]:
+    """One grid of a quantised cache: bytes of its buffers, as shares of the whole cache's, and perplexity."""
+    coarse, _ = changed(program, {"use": "quantize_cache", **grid})
+    sizes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        (size, _), (whole, _) = cache_bytes(coarse, dtype), cache_bytes(program, dtype)
+        sizes |= {f"bytes_{name}": size, f"share_{name}": size / whole}
+    # Formulae count in the dtype that the model is stored in.
+    formula = int(cost(coarse).at(B=1, S=LENGTH)["kv_bytes"])
+    return {**grid, **sizes, "formula_bfloat16": formula, "perplexity": perplexity(coarse, windows)}
 
 
 def plot(stored: dict[str, Any], file: Path) -> None:
@@ -149,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", help="policies, by name")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--quantised", action="store_true", help="only the quantised caches, beside the stored rows")
     parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the stored figures")
     arguments = parser.parse_args()
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
@@ -164,6 +180,11 @@ def main() -> None:
     size, _ = cache_bytes(program)
     stored["whole"] = {"perplexity": perplexity(program, windows), "bytes": size, "layers": 6, "kv_heads": 8}
     stored |= {"length": LENGTH, "windows": len(windows), "predicted": windows.numel() // 2}
+    if arguments.quantised:
+        stored["quantised"] = [quantised_row(program, grid, windows) for grid in GRIDS]
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+        print(json.dumps(stored["quantised"], indent=1), file=sys.stderr)
+        return
     gated = None
     for name in policies(BUDGETS[0]):
         if arguments.only and name not in arguments.only:

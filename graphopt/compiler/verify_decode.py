@@ -21,6 +21,7 @@ from graphopt.runtime.held import held_of
 PROMPTS = ((1,), (4, 7), (20, 3, 33))
 PIECES = (1, 1, 3)
 BRANCH = 2
+NOTHING = {torch.int64: -1, torch.uint8: 255}  # what buffers of whole numbers are filled with
 
 
 class Session:
@@ -40,7 +41,7 @@ class Session:
         for spec in program.entry.inputs:
             if spec.role == "cache":
                 # What no row has written must not be read.
-                kind, fill = (torch.float64, 1e3) if spec.dtype.is_floating_point else (spec.dtype, -1)
+                kind, fill = (torch.float64, 1e3) if spec.dtype.is_floating_point else (spec.dtype, NOTHING[spec.dtype])
                 self.buffers[spec.name] = torch.full(sizes_of(spec, batch, capacity, rooms), fill, dtype=kind)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         behind = [spec.name for spec in program.entry.inputs if spec.role == "entries"]

@@ -17,6 +17,7 @@ from graphopt.cost.formula import formula
 from graphopt.ir.follow import Lost
 from graphopt.ir.leaving import leaving, losing, rooms
 from graphopt.ir.program import Program
+from graphopt.ops.quantised import groups, row_bytes
 from graphopt.views import Views
 
 ZERO = sympy.Integer(0)
@@ -25,6 +26,8 @@ CORES = (
     torch.ops.graphopt.bounded_attention.default,
     torch.ops.graphopt.cached_attention.default,
     torch.ops.graphopt.held_attention.default,
+    torch.ops.graphopt.packed_attention.default,
+    torch.ops.graphopt.quantised_attention.default,
 )
 
 
@@ -198,6 +201,11 @@ def _cache(core: fx.Node, fewer: sympy.Expr | None) -> tuple[sympy.Expr, int] | 
         batch, kv_heads, capacity, head = sizes_of(keys)
         token = kv_heads * (head * keys.dtype.itemsize + sizes_of(values)[3] * values.dtype.itemsize)
         return batch * (capacity if fewer is None else fewer) * token, int(token)
+    if core.target is torch.ops.graphopt.packed_attention.default:
+        keys, values = (core.args[i].meta["val"] for i in (3, 4))  # type: ignore[union-attr]
+        bits, group, recent = core.args[17:20]
+        blocks = sizes_of(core.args[8].meta["val"])[2]  # type: ignore[union-attr]
+        return _packed(keys, values, blocks, bits, group, recent)  # type: ignore[arg-type]
     q, k, v = (core.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
     mask, causal, window = core.args[3], core.args[6], core.args[7]
     if not causal:
@@ -217,7 +225,22 @@ def _cache(core: fx.Node, fewer: sympy.Expr | None) -> tuple[sympy.Expr, int] | 
         held = sympy.Min(length, sink + recent + heavy + compensate)  # type: ignore[operator]
         share = sympy.Rational(len(heads), kv_heads)  # type: ignore[arg-type]
         return batch * (share * held + (1 - share) * length) * token, int(token)
+    if core.target is torch.ops.graphopt.quantised_attention.default:
+        bits, group, recent = core.args[9:12]
+        return _packed(k, v, sympy.floor(length / group), bits, group, recent)  # type: ignore[arg-type]
     return batch * (length if window is None else sympy.Min(length, window)) * token, int(token)
+
+
+def _packed(
+    k: torch.Tensor, v: torch.Tensor, blocks: Any, bits: int, group: int, recent: int
+) -> tuple[sympy.Expr, int]:
+    """Bytes of a ring in full precision and of `blocks` of `group` tokens with their scales, and of a token of these."""
+    batch, kv_heads, _, size = sizes_of(k)
+    width, wide = sizes_of(v)[3], k.dtype.itemsize
+    keys = size * (row_bytes(group, bits) + 2 * wide)
+    values = group * (row_bytes(width, bits) + 2 * wide * groups(width, min(group, width)))
+    ring = (recent + group) * (size + width) * wide
+    return batch * kv_heads * (blocks * (keys + values) + ring), int(kv_heads * (keys + values) // group)
 
 
 def _breakdown(program: Program, views: Views) -> Breakdown:

@@ -85,6 +85,12 @@ def _held_attention(node: fx.Node) -> Any:
     return 2 * b * h * s * (c + s) * products
 
 
+def _packed_attention(node: fx.Node) -> Any:
+    """New queries against all tokens of a quantised cache, as if it were full, and against each other."""
+    (b, h, s, d), (*_, e), (_, _, n, *_) = (_shape(node.args[i]) for i in (0, 2, 8))
+    return 2 * b * h * s * (n * node.args[18] + s) * (d + e)
+
+
 def _heavy_weights(node: fx.Node) -> Any:
     """Products of new queries with the keys that are held and with each other's."""
     (b, h, s, d), (*_, c, _) = _shape(node.args[0]), _shape(node.args[2])
@@ -152,6 +158,8 @@ _PRODUCTS: dict[Any, Callable[[fx.Node], Any]] = {
     torch.ops.graphopt.bounded_attention: _attention,
     torch.ops.graphopt.cached_attention: _cached_attention,
     torch.ops.graphopt.held_attention: _held_attention,
+    torch.ops.graphopt.packed_attention: _packed_attention,
+    torch.ops.graphopt.quantised_attention: _attention,
     torch.ops.graphopt.heavy_weights: _heavy_weights,
     torch.ops.graphopt.received_attention: _received,
     torch.ops.graphopt.merge_tokens: _merged,

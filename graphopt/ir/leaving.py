@@ -259,13 +259,15 @@ def hide_past(rewriter: Rewriter, prompt: Prompt, found: Leaving) -> None:
         last = seen[0]
     first = _again(rewriter, seen, prompt.last)
     for node in rewriter.program.graph.graph.nodes:
-        if node.target not in (ops.attention.default, ops.bounded_attention.default):
+        if node.target not in (ops.attention.default, ops.bounded_attention.default, ops.quantised_attention.default):
             continue
         rows, columns = (found.level(node.args[i].meta["val"].shape[2]) for i in (0, 1))
         if rows is None or rows != columns or rows >= found.past:
             continue
         if node.target is ops.bounded_attention.default:
             raise Lost(node, "has heads that are bounded, and what leaves later shall not be seen in it either")
+        if node.target is ops.quantised_attention.default:
+            raise Lost(node, "has blocks in few bits, and what leaves later shall not be seen in it either")
         core = rewriter.node(node)
 
         def call(target: Any, *args: Any, core: fx.Node = core) -> fx.Node:
@@ -308,7 +310,10 @@ def _again(rewriter: Rewriter, wanted: list[fx.Node], after: fx.Node) -> list[fx
 
 
 def rooms(program: Program) -> dict[str, sympy.Expr]:
-    """How long caches behind stages are, by dimension, in the program's other dimensions: shorter by what has left."""
+    """How long caches are that are shorter than the text, by dimension, in the program's other dimensions.
+
+    Behind stages what has left is missing; quantised ones count whole blocks of tokens.
+    """
     shapes = {spec.name: spec.shape for spec in program.entry.inputs}
     named: dict[sympy.Expr, sympy.Symbol] = {}
     own: dict[str, sympy.Expr] = {}
@@ -317,9 +322,12 @@ def rooms(program: Program) -> dict[str, sympy.Expr]:
             for size, name in zip(node.meta["val"].shape, shapes[node.meta["input"]], strict=True):
                 if isinstance(name, str):
                     named[size_of(size)] = sympy.Symbol(name, positive=True, integer=True)
+    capacity, length = (sympy.Symbol(name, positive=True, integer=True) for name in ("C", "S"))
+    for node in program.graph.graph.nodes:
+        if node.target is ops.packed_attention.default:
+            own[str(shapes[node.args[8].meta["input"]][2])] = sympy.floor(capacity / node.args[18])
     if not any(spec.role == PROMPT for spec in program.entry.inputs):
         return own
-    capacity, length = (sympy.Symbol(name, positive=True, integer=True) for name in ("C", "S"))
     for node in program.graph.graph.nodes:
         if node.target is ops.cached_attention.default:
             keys = shapes[node.args[3].meta["input"]]

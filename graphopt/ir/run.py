@@ -74,8 +74,8 @@ def _usual(
         named = {size: count for size in spec.shape if isinstance(size, str) and size.startswith("C")}
         shape = [size if isinstance(size, int) else named.get(size, batch) for size in spec.shape]
         dtype = specialise(spec.dtype, model=model, target=target, device=device)
-        # Whole numbers say which token an entry holds: none.
-        return torch.full(shape, 0 if dtype.is_floating_point else -1, dtype=dtype, device=device)
+        # Signed numbers say which token an entry holds: none.
+        return torch.full(shape, -1 if dtype == torch.int64 else 0, dtype=dtype, device=device)
     return None
 
 

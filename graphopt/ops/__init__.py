@@ -3,6 +3,7 @@
 from graphopt.ops.bounded import bounded_attention, heavy_weights, held_attention
 from graphopt.ops.cached import Slots, attend, cached_attention
 from graphopt.ops.library import attention, attention_mask, register, rms_norm, rotary
+from graphopt.ops.packed import packed_attention, quantised_attention
 from graphopt.ops.quantised import dequantise, from_palette, from_sparse
 from graphopt.ops.tokens import (
     merge_tokens,
@@ -32,8 +33,10 @@ __all__ = [
     "held_attention",
     "merge_tokens",
     "merge_windows",
+    "packed_attention",
     "pair_scores",
     "put_tokens",
+    "quantised_attention",
     "random_scores",
     "received_attention",
     "register",

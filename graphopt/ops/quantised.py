@@ -50,10 +50,19 @@ def encode(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, bits: i
     return steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
+def _shifts(bits: int, device: torch.device) -> torch.Tensor:
+    """Where in a byte the codes begin that lie in it as a whole."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes `[..., size]` as bytes `[..., ceil(size * bits / 8)]`."""
     if bits == 8:
         return codes
+    if 8 % bits == 0:
+        each = 8 // bits
+        bytes_ = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+        return (bytes_ << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
     places = torch.arange(bits, device=codes.device)
     stream = ((codes[..., None] >> places) & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -64,9 +73,20 @@ def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """Codes `[..., size]` of packed rows."""
     if bits == 8:
         return packed
+    if 8 % bits == 0:
+        codes = (packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)
+        return codes.flatten(-2)[..., :size]
     stream = ((packed[..., None] >> torch.arange(8, device=packed.device)) & 1).flatten(-2)
     each = stream[..., : size * bits].unflatten(-1, (size, bits))
     return (each << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8)
+
+
+def quantise(values: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows `[..., size]` as packed codes `[..., bytes]` with scale and lowest value `[..., groups]` in their own dtype."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    # Codes are those of the grid as it is stored.
+    scale, low = (part.to(values.dtype) for part in grid(wide, bits, group))
+    return pack(encode(wide, scale.to(wide.dtype), low.to(wide.dtype), bits, group), bits), scale, low
 
 
 def _dequantise(

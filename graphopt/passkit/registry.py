@@ -34,6 +34,7 @@ BUILT_IN = {
     "prune_neurons": "graphopt.passes.width.prune_neurons:PruneNeurons",
     "prune_units": "graphopt.passes.width.prune_units:PruneUnits",
     "quantize": "graphopt.passes.weights.quantize:Quantize",
+    "quantize_cache": "graphopt.passes.cache.quantize_cache:QuantizeCache",
     "recover": "graphopt.passes.training.recover:Recover",
     "refactor_moe": "graphopt.passes.experts.refactor_moe:RefactorMoE",
     "regroup_kv": "graphopt.passes.attention.regroup_kv:RegroupKV",

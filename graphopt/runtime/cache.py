@@ -61,15 +61,15 @@ class Cache:
         self._rooms, self._losing = rooms, losing(program)
         # Blocks `[n, B, K, C, D]` of what grows, and what counts it behind a stage; the buffers that are their slices.
         self._growing = [
-            (block, self._losing[names[0]][1] if names[0] in self._losing else behind.get(form[2]))
+            (block, self._losing[names[0]][1] if names[0] in self._losing else behind.get(str(form[2])))
             for (form, names), block in zip(alike.items(), blocks, strict=True)
-            if isinstance(form[2], str)
+            if str(form[2]) in ("C", *behind)
         ]
-        self._sliced = [names for form, names in alike.items() if isinstance(form[2], str)]
+        self._sliced = [names for form, names in alike.items() if str(form[2]) in ("C", *behind)]
         self._growing += [
-            (given[spec.name][None], behind.get(spec.shape[2]))
+            (given[spec.name][None], behind.get(str(spec.shape[2])))
             for spec in specs
-            if spec.name in given and isinstance(spec.shape[2], str)
+            if spec.name in given and str(spec.shape[2]) in ("C", *behind)
         ]
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))

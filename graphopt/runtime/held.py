@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.ops import heavy_weights, held_attention
+from graphopt.ops import heavy_weights, held_attention, packed_attention
 from graphopt.ops.bounded import drop, held_places
+from graphopt.runtime.packed import Packed
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -115,9 +116,9 @@ class Held:
             buffers[f"{self.stem}_held_mass"].zero_()
 
 
-def held_of(program: Program) -> tuple[Held, ...]:
-    """The bounded attentions of a program with a cache, in graph order."""
-    found = []
+def held_of(program: Program) -> tuple[Held | Packed, ...]:
+    """The bounded and the quantised attentions of a program with a cache, in graph order."""
+    found: list[Held | Packed] = []
     for node in program.graph.graph.nodes:
         if node.target is held_attention:
             weights, (sink, recent, compensate) = node.args[8], node.args[13:16]
@@ -126,6 +127,9 @@ def held_of(program: Program) -> tuple[Held, ...]:
                 sink, recent = weights.args[10:12]
             stem = node.args[3].meta["input"].removesuffix("_held_keys")
             found.append(Held(stem, sink, recent, compensate, heavy))
+        elif node.target is packed_attention:
+            stem = node.args[3].meta["input"].removesuffix("_held_keys")
+            found.append(Packed(stem, *node.args[17:19]))
     return tuple(found)
 
 

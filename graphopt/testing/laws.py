@@ -388,6 +388,11 @@ def _held_flops(q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_
     return whole * v[3] // (q[3] + v[3]) if known else whole
 
 
+def _packed_flops(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
+    tokens = rest[5][2] * rest[15] + k[2]
+    return int(sdpa_flop_count(q, (*k[:2], tokens, k[3]), (*v[:2], tokens, v[3])))
+
+
 def _weight_flops(q: Any, k: Any, keys: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
     return int(2 * math.prod(q) * (k[2] + keys[2]))
 
@@ -407,6 +412,8 @@ _FLOPS = {
     torch.ops.graphopt.attention: _attention_flops,
     torch.ops.graphopt.bounded_attention: _attention_flops,
     torch.ops.graphopt.held_attention: _held_flops,
+    torch.ops.graphopt.packed_attention: _packed_flops,
+    torch.ops.graphopt.quantised_attention: _attention_flops,
     torch.ops.graphopt.heavy_weights: _weight_flops,
     torch.ops.graphopt.cached_attention: _cached_flops,
 }

@@ -34,6 +34,8 @@ def attention_cores(program: Program) -> tuple[fx.Node, ...]:
         ops.bounded_attention.default,
         ops.cached_attention.default,
         ops.held_attention.default,
+        ops.packed_attention.default,
+        ops.quantised_attention.default,
     )
     return tuple(node for node in program.graph.graph.nodes if node.target in targets)
 
@@ -73,7 +75,7 @@ def find_attentions(
     found = []
     for node in cores:
         cached = node.target is torch.ops.graphopt.cached_attention.default
-        held = node.target is torch.ops.graphopt.held_attention.default
+        held = node.target in (torch.ops.graphopt.held_attention.default, torch.ops.graphopt.packed_attention.default)
         q, k, v = node.args[:3]
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)

@@ -220,9 +220,10 @@ class Labels(RoutingRules):
     def _attention(self, node: fx.Node) -> Axes:
         q, k, v = node.args[:3]
         cached = node.target is torch.ops.graphopt.cached_attention.default
-        held = node.target is torch.ops.graphopt.held_attention.default
+        packed = node.target is torch.ops.graphopt.packed_attention.default
+        held = packed or node.target is torch.ops.graphopt.held_attention.default
         mask, sinks = node.args[8:10] if cached or held else node.args[3:5]
-        mask = None if held else mask
+        mask, sinks = None if held else mask, node.args[14] if packed else sinks
         aq, ak, av = self.of(q), self.of(k), self.of(v)  # type: ignore[arg-type]
         where = f"attention at %{node.name}"
         unify(ak[1], av[1], where)
@@ -375,6 +376,8 @@ def _table() -> dict[Any, str]:
             torch.ops.graphopt.bounded_attention,
             torch.ops.graphopt.cached_attention,
             torch.ops.graphopt.held_attention,
+            torch.ops.graphopt.packed_attention,
+            torch.ops.graphopt.quantised_attention,
         ],
         "_attention_mask": [
             torch.ops.graphopt.attention_mask,

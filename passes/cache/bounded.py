@@ -136,14 +136,18 @@ class Gate(Edit):
         """Nothing: gates of 1 change nothing."""
 
 
-def fits(program: Program, attention: Attention) -> str | None:
-    """Why the cache of an attention cannot be bounded; None when it can."""
+def fits(program: Program, attention: Attention, done: str = "bounded") -> str | None:
+    """Why the cache of an attention cannot be `done` (bounded, quantised); None when it can."""
     core = attention.core
     mask = core.args[3]
     if loses_past(program, core):
         return "what leaves in a later layer leaves its cache, so that its policy would not see what it holds"
     if core.target is ops.bounded_attention.default and core.args[10] is None:
         return "it is bounded already"
+    if core.target is ops.quantised_attention.default:
+        return "its cache is quantised already"
+    if done != "bounded" and core.target is ops.bounded_attention.default:
+        return "its heads are bounded, or have gates"
     if core.target not in (ops.attention.default, ops.bounded_attention.default):
         return "it has a cache already"
     if attention.cross:

@@ -24,7 +24,8 @@ class InsertCache(Pass):
     goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow. Heads
     that a bound_cache step has bounded get buffers of their entries alone, and return what the runtime then takes in.
     `windows: ring` does the same for attention with a window: its buffers hold as many entries as the window, whatever
-    the length of the text, and what has left it is gone, so that such a cache is cut to nothing or not at all.
+    the length of the text, and what has left it is gone, so that such a cache is cut to nothing or not at all. What a
+    quantize_cache step has rounded is kept packed, in blocks, behind a ring of the last tokens.
 
     Where tokens leave a text (drop_tokens, merge_tokens), the first step takes the whole prompt, an input says which of
     its tokens are real, and what leaves is chosen there once and for all: later layers have shorter buffers, and results
@@ -101,6 +102,7 @@ class InsertCache(Pass):
     def _slot(self, index: int, attention: Attention, sequence: Sequence) -> Slot:
         from graphopt.ops import bounded_attention
         from graphopt.passes.cache.held import held_slot
+        from graphopt.passes.cache.packed import PackedSlot, is_quantised
         from graphopt.passes.cache.slots import Slot
 
         k, v = (attention.core.args[i].meta["val"] for i in (1, 2))  # type: ignore[union-attr]
@@ -114,6 +116,8 @@ class InsertCache(Pass):
             _level(sequence, k.shape[2]),
         )
         core, window, mask = attention.core, attention.core.args[7], attention.core.args[3]
+        if is_quantised(core):
+            return PackedSlot.of(slot, core)
         computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
         ring = self.windows == "ring" and window is not None and not computed
         return held_slot(slot, core) if ring or core.target is bounded_attention else slot
@@ -153,10 +157,13 @@ class InsertCache(Pass):
     def _unfit_past(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention whose cache loses what leaves later cannot be cached."""
         from graphopt.ops import bounded_attention
+        from graphopt.passes.cache.packed import is_quantised
 
         core, mask = attention.core, attention.core.args[3]
         if core.target is bounded_attention:
             return "what leaves later leaves its cache, and its heads are bounded"
+        if is_quantised(core):
+            return "what leaves later leaves its cache, and blocks of it count places"
         if not attention.causal:
             return "it sees later tokens"
         if mask is not None and (mask.meta["val"].dim() != 2 or not sequence.is_padding(mask)):  # type: ignore[union-attr,arg-type]
@@ -166,12 +173,15 @@ class InsertCache(Pass):
     def _unfit_behind(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention behind a stage at which tokens leave cannot be cached."""
         from graphopt.ops import bounded_attention
+        from graphopt.passes.cache.packed import is_quantised
 
         core, found = attention.core, sequence.leaving
         mask = core.args[3]
         assert found is not None
         if core.target is bounded_attention:
             return "tokens have left, and its heads are bounded"
+        if is_quantised(core):
+            return "tokens have left, and blocks of its cache count places"
         if not attention.causal:
             return "it sees later tokens"
         if mask is not None and (mask.meta["val"].dim() != 2 or not found.hides(mask)):  # type: ignore[union-attr,arg-type]

@@ -19,7 +19,11 @@ from graphopt.ir.pictures import splices
 from graphopt.ir.program import Input, Program
 
 aten = torch.ops.aten
-CORES = (torch.ops.graphopt.attention.default, torch.ops.graphopt.bounded_attention.default)
+CORES = (
+    torch.ops.graphopt.attention.default,
+    torch.ops.graphopt.bounded_attention.default,
+    torch.ops.graphopt.quantised_attention.default,
+)
 PADDING_CASTS = (aten.to, aten._to_copy, aten.clone, aten.contiguous)
 
 _BY_ROW = {

@@ -136,10 +136,12 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 def step_inputs(source: Program, length: int) -> dict[str, torch.Tensor]:
     """One token behind `length` others, with random entries in the buffers."""
     given: dict[str, torch.Tensor] = {}
-    sizes = {"B": 1, "S": 1, "C": 16}
+    sizes = {"B": 1, "S": 1, "C": 16, "C_8": 5}
     for spec in source.entry.inputs:
         shape = tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape)
         value = drawn(*shape).abs() if spec.dtype.is_floating_point else torch.zeros(shape, dtype=torch.int64)
+        if spec.dtype == torch.uint8:
+            value = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
         if spec.role in ("lengths", "positions"):
             value = torch.full(shape, length)
         elif spec.name.endswith("places"):

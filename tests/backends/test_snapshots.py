@@ -30,6 +30,7 @@ SPECS = {
     "decode": "serve/decode.yaml",
     "streaming": "methods/streaming.yaml",
     "h2o": "methods/h2o.yaml",
+    "kivi": "methods/kivi.yaml",
     "packed": {"use": "quantize", "bits": 4, "group": 32},
 }
 

@@ -35,6 +35,7 @@ PLAIN = {
     "prune_neurons": {"keep": "40%"},
     "prune_units": {"units": ("query", "neuron"), "keep": "60%", "allocate": {"kind": "global", "tolerance": "50%"}},
     "quantize": {},
+    "quantize_cache": {"group": 8, "recent": 8},
     "recover": {},
     "refactor_moe": {"experts": 2},
     "regroup_kv": {"kv_heads": "kv_heads / 2"},

@@ -15,7 +15,7 @@ from graphopt.testing.lowering import CONTRACTS, DTYPES
 
 OPS = list(CONTRACTS)
 # Their meaning is a policy over a whole text, and tests/cache holds their two forms to each other.
-ELSEWHERE = {"bounded_attention", "held_attention", "heavy_weights"}
+ELSEWHERE = {"bounded_attention", "held_attention", "heavy_weights", "packed_attention", "quantised_attention"}
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
