@@ -130,7 +130,9 @@ class Goodput:
             self._purse += self.share * seconds * count
         elif now == self._again:
             self._again = 0
-            self._pay(2 * min(steps)[0], steps[0][1] + event.emitted)
+            usual = min(steps)[0]
+            self._pay(2 * usual, steps[0][1] + event.emitted)
+            steps[0], steps[1] = (usual, steps[0][1]), (usual, event.emitted)
         elif len(steps) == 1 and event.drafting < (2 * event.emitted - 1) * self._means[1][0]:
             self._again = now
         else:

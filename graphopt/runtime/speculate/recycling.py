@@ -22,13 +22,18 @@ class Recycle:
     Every row that the program returns, kept or not, renews its token's line; of several rows of one token the deepest,
     then the last, counts. Rows wait until a draft is asked for, those of `late` tokens at most and of `reads` plain
     steps, so that text without drafts costs next to nothing. Nothing is proposed behind a token that was not seen. The
-    table outlives a sequence unless `remember` is false.
+    table outlives a sequence unless `remember` is false. Trees of `budgets` are shaped now, so that the first draft, by
+    which a controller judges, takes no longer than others.
     """
 
-    def __init__(self, ranks: int = 8, remember: bool = True, late: int = 128, reads: int = 32) -> None:
+    def __init__(
+        self, ranks: int = 8, remember: bool = True, late: int = 128, reads: int = 32, budgets: tuple[int, ...] = ()
+    ) -> None:
         if not 1 <= ranks <= len(_PRIOR):
             raise ValueError(f"a line holds 1 to {len(_PRIOR)} tokens, not {ranks}")
         self.ranks, self.remember, self.late, self._reads = ranks, remember, late, reads
+        for budget in budgets:
+            _template(ranks, budget)
         self._lines: dict[int, list[int]] = {}
         self._waiting: list[tuple[list[int], torch.Tensor]] = []
 

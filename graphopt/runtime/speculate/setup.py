@@ -87,10 +87,10 @@ def _drafter(
     asked = drafting.drafter
     match asked:
         case CopyDrafter():
-            beside = _recycle(asked.fallback) if asked.fallback is not None else None
+            beside = _recycle(asked.fallback, drafting.rows) if asked.fallback is not None else None
             return Copy(asked.match, asked.length, asked.occurrence, beside)
         case RecycleDrafter():
-            return _recycle(asked)
+            return _recycle(asked, drafting.rows)
         case SkipDrafter():
             options = {name: getattr(asked, name) for name in type(asked).model_fields if name != "kind"}
             return Skipping(program, dtype, seed=generator.initial_seed(), **options)
@@ -112,5 +112,5 @@ def _drafter(
     assert_never(asked)
 
 
-def _recycle(asked: RecycleDrafter) -> Recycle:
-    return Recycle(asked.ranks, asked.remember)
+def _recycle(asked: RecycleDrafter, rows: tuple[int, ...]) -> Recycle:
+    return Recycle(asked.ranks, asked.remember, budgets=rows)
