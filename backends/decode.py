@@ -23,7 +23,7 @@ SCRATCH = ("bests", "totals", "sums")
 
 
 class StepEmitter(AttentionEmitter):
-    """Attention of a step of decoding: `held` entries of a row, then the new ones, which see each other by `ancestors`."""
+    """Attention of a step of decoding: `held` entries of a row, then the new ones, which see each other by `spans`."""
 
     scratch: tuple[str, ...] = ()  # what a part keeps beside its maximum, its total and its sums
 
@@ -48,9 +48,11 @@ class StepEmitter(AttentionEmitter):
         return ZERO if same(self.queries, 1) else self.new
 
     def sees_new(self) -> str:
-        """Whether a query sees a new entry."""
-        tree = self.read(self.given["ancestors"], [self.b, self.row, self.index_of_new()], guard=self.is_new)
-        return f"{tree} != 0"
+        """Whether a query sees a new entry: a walk of the tree is inside of it when it enters the query."""
+        spans, one = self.given["spans"], Index("1")
+        own = self.read(spans, [self.b, ZERO, self.row])
+        entry, left = (self.read(spans, [self.b, side, self.new], guard=self.is_new) for side in (ZERO, one))
+        return f"({entry} <= {own}) & ({own} < {left})"
 
     def opening(self, name: str) -> list[str]:
         """The line that gives an operand's value for the row of the batch, with what it needs."""
@@ -81,7 +83,9 @@ class CachedEmitter(StepEmitter):
 
     def visible(self, say: Callable[[str], None]) -> list[str]:
         """Committed entries are seen, new ones by their ancestors, both within the window."""
-        conditions = ["t_in", f"((t < held) | ({self.sees_new()}))"]
+        conditions = ["t_in"]
+        if not same(self.queries, 1):
+            conditions.append(f"((t < held) | ({self.sees_new()}))")
         if self.window is not None or self.mask is not None:
             places = self.read(self.given["positions"], [self.b, self.index_of_new()], guard=self.is_new)
             say(f"place = tl.where(t < held, t, {places})")

@@ -68,7 +68,7 @@ class HeldEmitter(StepEmitter):
     def visible(self, say: Callable[[str], None]) -> list[str]:
         """The first tokens, and those near enough to the query."""
         now = self.read(self.given["positions"], [self.b, self.row])
-        seen = f"t_in & ((t < held) | ({self.sees_new()}))"
+        seen = "t_in" if same(self.queries, 1) else f"t_in & ((t < held) | ({self.sees_new()}))"
         shown = f"((place < {self.sink}) | ({now} - place < {self.recent}))"
         if self.compensate:
             say(f"seen = m_in & {seen}")

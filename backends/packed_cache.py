@@ -54,7 +54,8 @@ class PackedEmitter(StepEmitter):
         before, first, after = super().body()
         self.coarse = False
         self.stretches = first, self.stretch()
-        return before, [], after
+        more, self.blocks[0].lines = self.blocks[0].lines, []
+        return [*before, *more], [], after
 
     def walk(self, loop: list[str]) -> list[str]:
         """Whole blocks, then the rest."""

@@ -16,6 +16,7 @@ from graphopt.diagnostics import Diagnostic, Place, VerifyError
 from graphopt.ir.pictures import splices
 from graphopt.ir.program import Input, Program
 from graphopt.observe.stream import Limits
+from graphopt.ops.trees import walk
 from graphopt.passkit.edits import Plan, emulate_edits
 from graphopt.passkit.facts import Effect
 from graphopt.views import Views
@@ -59,8 +60,12 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
             made[spec.name] = mask
         elif spec.role == "lengths":
             made[spec.name] = torch.randint(0, sizes["C"] - sizes["S"] + 1, shape, generator=generator)
-        elif spec.role == "ancestors":
-            made[spec.name] = _random_tree(shape, generator)
+        elif spec.role == "spans":
+            parents = tuple(
+                tuple(int(torch.randint(0, node, (), generator=generator)) if node else -1 for node in range(shape[2]))
+                for _ in range(shape[0])
+            )
+            made[spec.name], depth = walk(parents)
         elif spec.role != "positions":
             made[spec.name] = (
                 torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -69,8 +74,7 @@ def random_inputs(program: Program, sizes: dict[str, int], seed: int) -> dict[st
             )
     roles = {spec.role: spec.name for spec in program.entry.inputs}
     if "positions" in roles:
-        if "ancestors" in roles:
-            depth = made[roles["ancestors"]].sum(-1) - 1
+        if "spans" in roles:
             made[roles["positions"]] = made[roles["lengths"]][:, None] + depth
         else:
             base = made[roles["padding"]] if "padding" in roles else torch.ones(shapes[roles["positions"]])
@@ -110,17 +114,6 @@ def vocabulary_of(program: Program) -> int:
         if node.target is torch.ops.aten.embedding.default and derives_from(node.args[1], tokens):
             return int(node.args[0].meta["val"].shape[0])
     return 2
-
-
-def _random_tree(shape: list[int], generator: torch.Generator) -> torch.Tensor:
-    """Which tokens are ancestors of which (themselves included) in random trees, bool `[B, S, S]`."""
-    batch, count = shape[:2]
-    made = torch.eye(count, dtype=torch.bool).repeat(batch, 1, 1)
-    for row in range(batch):
-        for node in range(1, count):
-            parent = int(torch.randint(0, node, (), generator=generator))
-            made[row, node] |= made[row, parent]
-    return made
 
 
 def verify(

@@ -15,6 +15,7 @@ from graphopt.diagnostics import Diagnostic, Place, VerifyError
 from graphopt.ir.leaving import PROMPT, losing, room, with_prompt
 from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
+from graphopt.ops.trees import walk
 from graphopt.runtime.cache import shortened, sizes_of
 from graphopt.runtime.held import held_of
 
@@ -50,17 +51,15 @@ class Session:
         self.results: dict[str, torch.Tensor] = {}
 
     def __call__(
-        self, tokens: torch.Tensor, ancestors: torch.Tensor | None = None, prompt: torch.Tensor | None = None
+        self, tokens: torch.Tensor, parents: tuple[int, ...] | None = None, prompt: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Results `[B, S, ..]` of new tokens `[B, S]`; `ancestors` `[1, S, S]` makes them a tree.
+        """Results `[B, S, ..]` of new tokens `[B, S]`; `parents` makes them a tree.
 
         They are the prompt where `prompt` `[B, S]` says which of them are real.
         """
         count = tokens.shape[1]
-        if ancestors is None:
-            ancestors = torch.ones(1, count, count, dtype=torch.bool).tril()
-        positions = self.lengths[:, None] + (ancestors.sum(-1) - 1)
-        given = {"tokens": tokens, "positions": positions, "lengths": self.lengths, "ancestors": ancestors}
+        spans, depth = walk((tuple(range(-1, count - 1)) if parents is None else parents,))
+        given = {"tokens": tokens, "positions": self.lengths[:, None] + depth, "lengths": self.lengths, "spans": spans}
         given[PROMPT] = tokens[:, :0] if prompt is None else prompt
         with torch.no_grad():
             results = self.run(
@@ -162,11 +161,8 @@ def verify_decode(before: Program, after: Program, where: Place | None, step: st
             continue
         # Two branches of one root: root, first of each, second of each.
         parents = (-1, 0, 0, 1, 2)
-        ancestors = torch.eye(len(parents), dtype=torch.bool)
-        for node, parent in enumerate(parents[1:], 1):
-            ancestors[node] |= ancestors[parent]
         nodes = _words(before, (batch, len(parents)), generator)
-        result = session(nodes, ancestors[None])
+        result = session(nodes, parents)
         for row, start in enumerate(session.lengths.tolist()):
             for path in ([0, 1, 3], [0, 2, 4]):
                 wanted = expected(row, torch.cat([text[row, :start], nodes[row, path]]))[start:]

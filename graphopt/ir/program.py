@@ -28,7 +28,7 @@ class Input:
 
     Roles: `tokens`, `padding` (1 at real tokens), `positions`, `pictures` (those that placeholder tokens stand for),
     `values` (anything else); in a program with a cache also
-    `lengths` (entries that each row's cache holds), `ancestors` (which new tokens see which), `cache` and, where tokens
+    `lengths` (entries that each row's cache holds), `spans` (which new tokens see which), `cache` and, where tokens
     leave, `prompt` `[B, P]` (which of the first tokens choices are made among) and `entries` (`lengths` behind a stage);
     in one with draft heads `ahead` `[B, S, K]` (the K tokens behind each position).
     """

@@ -11,6 +11,7 @@ import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.ir.by_expert import lower_banks
 from graphopt.ir.grouped import lower_choices
 from graphopt.ir.program import Input, Program, specialise
+from graphopt.ops.trees import straight
 
 
 def bind_inputs(
@@ -68,8 +69,8 @@ def _usual(
         return torch.nn.functional.pad(ids, (0, further)).unfold(1, further, 1)[:, 1:]
     if spec.role == "lengths":
         return torch.zeros(batch, dtype=torch.int64)
-    if spec.role == "ancestors":
-        return torch.ones(1, count, count, dtype=torch.bool).tril()
+    if spec.role == "spans":
+        return straight(count)
     if spec.role == "cache" and lengths is None:
         named = {size: count for size in spec.shape if isinstance(size, str) and size.startswith("C")}
         shape = [size if isinstance(size, int) else named.get(size, batch) for size in spec.shape]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.ops.library import _define, scaled_attention
+from graphopt.ops.trees import is_straight, sees
 
 
 def capacity(sink: int, recent: int, heavy: int) -> int:
@@ -203,7 +204,7 @@ def _held_attention(
     values: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
-    ancestors: torch.Tensor,
+    spans: torch.Tensor,
     weights: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
@@ -217,8 +218,9 @@ def _held_attention(
 
     q `[B, H, S, D]`, k, v `[B, K, S, ..]`; `keys` and `values` `[B, K, C, ..]` hold the first `sink` and the last
     `recent` tokens of `lengths` `[B]` (a ring), and with `compensate` one entry more, the mean of all that is gone.
-    `positions` `[B, S]` and `ancestors` `[B or 1, S, S]` place the new tokens. `weights` `[B, H, S, C + S]` are the
-    probabilities when they are known already. The caller takes k and v in when it has decided what to keep.
+    `positions` `[B, S]` and `spans` `[B or 1, 2, S]` (`graphopt.ops.trees`) place the new tokens. `weights`
+    `[B, H, S, C + S]` are the probabilities when they are known already. The caller takes k and v in when it has decided
+    what to keep.
     """
     batch, heads, count, _ = q.shape
     kv_heads, size = k.shape[1], sink + recent
@@ -231,7 +233,7 @@ def _held_attention(
     now, own = positions[:, :, None], positions[:, None]
     first = torch.cat([places < sink, own < sink], -1)[:, None]
     near = torch.cat([now - places < recent, now - own < recent], -1)[:, None]
-    seen = torch.cat([(places >= 0).expand(-1, count, -1), ancestors.to(torch.bool).expand(batch, -1, -1)], -1)[:, None]
+    seen = torch.cat([(places >= 0).expand(-1, count, -1), sees(spans).expand(batch, -1, -1)], -1)[:, None]
     held = keys[:, :, :size]
     logits = torch.cat([grouped(q, held), grouped(q, k)], -1)
     if renumbered is not None:
@@ -265,7 +267,7 @@ def _heavy_weights(
     places: torch.Tensor,
     mass: torch.Tensor,
     lengths: torch.Tensor,
-    ancestors: torch.Tensor,
+    spans: torch.Tensor,
     sinks: torch.Tensor | None,
     scale: float,
     softcap: float | None,
@@ -280,7 +282,7 @@ def _heavy_weights(
     tree: what goes is decided in the order of the text.
     """
     batch, heads, count, _ = q.shape
-    if count > 1 and not bool((ancestors == torch.ones_like(ancestors[:1]).tril()).all()):
+    if count > 1 and not is_straight(spans):
         raise ValueError("heavy hitters are decided in the order of the text: a token tree has none")
     size = places.shape[2]
     steps = torch.arange(count, device=q.device)
@@ -307,13 +309,13 @@ bounded_attention = _define(
 )
 held_attention = _define(
     "held_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths, Tensor positions, "
-    "Tensor ancestors, Tensor? weights, Tensor? sinks, float scale, float? softcap, Tensor? renumbered, int sink, "
+    "Tensor spans, Tensor? weights, Tensor? sinks, float scale, float? softcap, Tensor? renumbered, int sink, "
     "int recent, bool compensate) -> Tensor",
     _held_attention,
     lambda q, k, v, *rest: q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3])),
 )
 heavy_weights = _define(
-    "heavy_weights(Tensor q, Tensor k, Tensor keys, Tensor places, Tensor mass, Tensor lengths, Tensor ancestors, "
+    "heavy_weights(Tensor q, Tensor k, Tensor keys, Tensor places, Tensor mass, Tensor lengths, Tensor spans, "
     "Tensor? sinks, float scale, float? softcap, int sink, int recent, int heavy) -> Tensor",
     _heavy_weights,
     lambda q, k, keys, *rest: q.new_empty((q.shape[0], q.shape[1], q.shape[2], keys.shape[2] + k.shape[2])),

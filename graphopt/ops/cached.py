@@ -1,7 +1,7 @@
 """Attention over a cache: new keys and values are written into static buffers, queries see committed and new entries.
 
 Prefill, one decoded token and the verification of a token tree are the same op with different `lengths`, `positions`
-and `ancestors`. Shapes: B rows, H query heads, K KV heads (K divides H), S new tokens, C slots of a buffer, D and E head
+and `spans`. Shapes: B rows, H query heads, K KV heads (K divides H), S new tokens, C slots of a buffer, D and E head
 sizes of keys and values.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.ops.library import LIBRARY, scaled_attention
+from graphopt.ops.trees import is_straight, sees, straight
 
 _sdpa = torch._C._nn.scaled_dot_product_attention
 
@@ -23,8 +24,9 @@ class Slots:
     """Where the new tokens of a call are written and what they see; one object serves all layers of a step.
 
     `lengths` `[B]` counts committed entries and `count` is S. `positions` `[B, S]` are the new tokens' logical ones
-    (None: their slots), `ancestors` `[B or 1, S, S]` says which new tokens see which (None: ordinary text, each sees
-    those before it and itself). Raises ValueError when a row does not fit into `capacity` slots.
+    (None: their slots), `spans` `[B or 1, 2, S]` says when a walk of their tree enters and leaves them, and so which see
+    which (None: ordinary text, each sees those before it and itself). Raises ValueError when a row does not fit into
+    `capacity` slots.
     """
 
     def __init__(
@@ -33,9 +35,9 @@ class Slots:
         count: int,
         capacity: int,
         positions: torch.Tensor | None = None,
-        ancestors: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
     ) -> None:
-        self.lengths, self.count, self.ancestors = lengths, count, ancestors
+        self.lengths, self.count, self._spans = lengths, count, spans
         held: list[int] = lengths.tolist()
         self.used = max(held) + count
         if self.used > capacity or min(held) < 0:
@@ -54,21 +56,25 @@ class Slots:
     @cached_property
     def chain(self) -> bool:
         """Whether the new tokens stand one behind the other."""
-        if self.ancestors is None or self.count == 1:
-            return True
-        lower = torch.ones(self.count, self.count, dtype=torch.bool, device=self.ancestors.device).tril()
-        return bool((self.ancestors == lower).all())
+        return self._spans is None or self.count == 1 or is_straight(self._spans)
 
     @property
     def positions(self) -> torch.Tensor:
         """Logical positions of the new tokens `[B, S]`."""
         return self.at if self._positions is None else self._positions
 
+    @property
+    def spans(self) -> torch.Tensor:
+        """When the new tokens are entered and left in a walk of their tree, `[B or 1, 2, S]`."""
+        if self._spans is None:
+            self._spans = straight(self.count, self.lengths.device)
+        return self._spans
+
     def behind(self, stage: int, count: int, capacity: int) -> Slots:
         """The slots of caches that hold what has not left by a stage, of which `count` new tokens have come that far."""
         if (stage, count) not in self._behind:
-            ancestors = self.ancestors if count == self.count else None
-            self._behind[stage, count] = Slots(self.held[stage - 1], count, capacity, None, ancestors)
+            spans = self._spans if count == self.count else None
+            self._behind[stage, count] = Slots(self.held[stage - 1], count, capacity, None, spans)
         return self._behind[stage, count]
 
     @property
@@ -126,18 +132,17 @@ class Slots:
                 return None
             recent: torch.Tensor = self.places > self.positions - window
             return recent[:, None, None]
-        ancestors = self.ancestors
-        if ancestors is None:
-            ancestors = torch.ones(1, self.count, self.count, dtype=torch.bool, device=self.lengths.device).tril()
         if self.start is not None and window is None:
             # New tokens stand in the last columns of all rows; everything before them is seen.
-            return F.pad(ancestors.to(torch.bool), (self.start, 0), value=True)[:, None]
+            return F.pad(sees(self.spans), (self.start, 0), value=True)[:, None]
         columns = torch.arange(self.used, device=self.lengths.device)
         offset = columns - self.lengths[:, None]
         new = (offset >= 0) & (offset < self.count)
-        rows = self.lengths.shape[0]
-        index = offset.clamp(0, self.count - 1)[:, None].expand(-1, self.count, -1)
-        seen: torch.Tensor = ancestors.to(torch.bool).expand(rows, -1, -1).gather(2, index) & new[:, None]
+        spans = self.spans.expand(self.lengths.shape[0], -1, -1)
+        index = offset.clamp(0, self.count - 1)
+        entry, left = spans[:, 0].gather(1, index)[:, None], spans[:, 1].gather(1, index)[:, None]
+        own = spans[:, 0, :, None]
+        seen: torch.Tensor = (entry <= own) & (own < left) & new[:, None]
         seen = seen | (offset < 0)[:, None]
         if window is not None:
             seen = seen & (self.places[:, None, :] > self.positions[:, :, None] - window)
@@ -236,7 +241,7 @@ def _cached_attention(
     values: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
-    ancestors: torch.Tensor,
+    spans: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
@@ -246,11 +251,12 @@ def _cached_attention(
     """Causal attention of S new tokens over a cache, q `[B, H, S, D]`, k `[B, K, S, D]`, v `[B, K, S, E]` to `[B, H, S, E]`.
 
     Row b's new entries go to slots lengths[b] .. lengths[b] + S - 1 of `keys` `[B, K, C, D]` and `values`
-    `[B, K, C, E]`, in place. Query i sees the slots below lengths[b] and new token j where `ancestors` `[B or 1, S, S]`
-    is true at [i, j]; `window` counts positions, where a committed slot's is its index and a new token's is
+    `[B, K, C, E]`, in place. Query i sees the slots below lengths[b] and new token j where the walk that `spans`
+    `[B or 1, 2, S]` tells of (`graphopt.ops.trees`) is inside of j when it enters i; `window` counts positions, where a
+    committed slot's is its index and a new token's is
     `positions` `[B, S]`. `mask` `[B or 1, 1 or H, S, C]` (bool visibility or additive bias) speaks of key positions.
     """
-    slots = Slots(lengths, q.shape[2], keys.shape[2], positions, ancestors)
+    slots = Slots(lengths, q.shape[2], keys.shape[2], positions, spans)
     return attend(q, k, v, keys, values, slots, mask, sinks, scale, window, softcap)
 
 
@@ -269,7 +275,7 @@ def _differentiable(*arguments: Any) -> torch.Tensor:
 
 LIBRARY.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
-    "Tensor positions, Tensor ancestors, Tensor? mask, Tensor? sinks, float scale, int? window, float? softcap) "
+    "Tensor positions, Tensor spans, Tensor? mask, Tensor? sinks, float scale, int? window, float? softcap) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

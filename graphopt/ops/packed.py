@@ -13,6 +13,7 @@ import torch
 from graphopt.ops.bounded import _capped, _hide, _softmax, grouped, held_places
 from graphopt.ops.library import _define
 from graphopt.ops.quantised import dequantise, groups, quantise
+from graphopt.ops.trees import is_straight, sees
 
 
 def first_exact(places: torch.Tensor, group: int, recent: int) -> torch.Tensor:
@@ -120,7 +121,7 @@ def _packed_attention(
     values: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
-    ancestors: torch.Tensor,
+    spans: torch.Tensor,
     packed_keys: torch.Tensor,
     key_scale: torch.Tensor,
     key_low: torch.Tensor,
@@ -138,8 +139,8 @@ def _packed_attention(
 
     q `[B, H, S, D]`, k, v `[B, K, S, ..]`; `keys` and `values` `[B, K, recent + group, ..]` are a ring of the last of
     `lengths` `[B]` tokens in full precision, the others hold every whole block as `pack_keys` and `pack_values` give it.
-    `positions` `[B, S]` and `ancestors` `[B or 1, S, S]` place the new tokens. Raises ValueError for a token tree that is
-    so deep that its own tokens would be packed: blocks are those of one text.
+    `positions` `[B, S]` and `spans` `[B or 1, 2, S]` place the new tokens. Raises ValueError for a token tree that is so
+    deep that its own tokens would be packed: blocks are those of one text.
     """
     batch, heads, count, _ = q.shape
     edge = first_exact(positions, group, recent)[:, :, None]
@@ -150,7 +151,7 @@ def _packed_attention(
     old_values = [unpacked_values(packed_values, value_scale, value_low, bits, group, v.shape[3])]
     old_places, there = [committed.expand(batch, -1)], [committed < base]
     if bool((edge[..., 0] > base).any()):
-        if not bool((ancestors == torch.ones_like(ancestors[:1]).tril()).all()):
+        if not is_straight(spans):
             raise ValueError(f"blocks are those of one text: a token tree may be {recent} deep over this cache")
         made = _coarse(tail(keys, k, lengths, group), tail(values, v, lengths, group), bits, group)
         fresh = base + torch.arange(made[0].shape[2], device=q.device)
@@ -159,7 +160,7 @@ def _packed_attention(
     coarse = torch.cat(old_keys, 2).to(q.dtype)
     old = torch.cat(there, -1)[:, None] & (torch.cat(old_places, -1)[:, None] < edge)
     held = (places >= 0)[:, None] & (places[:, None] >= edge)
-    near = ancestors.to(torch.bool).expand(batch, -1, -1) & (positions[:, None] >= edge)
+    near = sees(spans).expand(batch, -1, -1) & (positions[:, None] >= edge)
     logits = torch.cat([grouped(q, coarse), grouped(q, keys), grouped(q, k)], -1)
     seen = torch.cat([old, held, near], -1)[:, None, None]
     weights = _softmax(_hide(_capped(logits * scale, softcap), seen), sinks)
@@ -178,7 +179,7 @@ quantised_attention = _define(
 )
 packed_attention = _define(
     "packed_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths, Tensor positions, "
-    "Tensor ancestors, Tensor packed_keys, Tensor key_scale, Tensor key_low, Tensor packed_values, Tensor value_scale, "
+    "Tensor spans, Tensor packed_keys, Tensor key_scale, Tensor key_low, Tensor packed_values, Tensor value_scale, "
     "Tensor value_low, Tensor? sinks, float scale, float? softcap, int bits, int group, int recent) -> Tensor",
     _packed_attention,
     lambda q, k, v, *rest: q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3])),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from graphopt.diagnostics import PlanError
@@ -9,6 +11,7 @@ from graphopt.ir.leaving import PROMPT
 from graphopt.ir.pictures import splices
 from graphopt.ir.program import Program
 from graphopt.ops.cached import Slots
+from graphopt.ops.trees import walk
 from graphopt.runtime.cache import Cache
 from graphopt.runtime.lower import Lowered
 
@@ -67,23 +70,27 @@ class Decoder:
         cache: Cache,
         tokens: torch.Tensor,
         *,
-        ancestors: torch.Tensor | None = None,
+        parents: Sequence[tuple[int, ...]] | None = None,
         prompt: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Results of new tokens `[B, S]` behind what the cache holds; their entries are written, not yet committed.
 
-        `ancestors` `[B or 1, S, S]` (bool, itself included) makes the tokens a tree: token i sees token j where it is
-        true at [i, j], and stands as deep as it has ancestors. Where tokens leave, the first step of a text is its whole
+        `parents` makes the tokens a tree, one row of S pointers for all rows or one for each: token i hangs on the
+        earlier token that its pointer names (-1: on what is committed), sees its ancestors and itself, and stands as deep
+        as it has ancestors. Where tokens leave, the first step of a text is its whole
         prompt, of which `prompt` `[B, S]` says which tokens are real (all when None). Raises ValueError when the cache is
         full, and for pictures behind the prompt.
         """
         first = self._begins(cache, tokens)
         with torch.inference_mode():
             count = tokens.shape[1]
-            positions = None if ancestors is None else cache.lengths[:, None] + (ancestors.sum(-1) - 1)
-            slots = Slots(cache.lengths, count, cache.capacity, positions, ancestors)
+            positions = spans = None
+            if parents is not None:
+                spans, depth = (part.to(self.device) for part in walk(tuple(parents)))
+                positions = cache.lengths[:, None] + depth
+            slots = Slots(cache.lengths, count, cache.capacity, positions, spans)
             # Tables by place serve all rows at once when the rows stand at the same places.
-            if slots.start is None or (ancestors is not None and len(ancestors) > 1) or (first and cache.leaves):
+            if slots.start is None or (parents is not None and len(parents) > 1) or (first and cache.leaves):
                 name = "ragged"
             else:
                 name = "token" if count == 1 else "text"
@@ -105,12 +112,8 @@ class Decoder:
                     if key in form.inputs:
                         given[form.inputs[key]] = value
             for role in form.inputs:
-                if role in ("positions", "lengths", "ancestors"):
+                if role in ("positions", "lengths", "spans"):
                     given[form.inputs[role]] = getattr(slots, role)
-            if "ancestors" in form.inputs and ancestors is None:
-                given[form.inputs["ancestors"]] = torch.ones(
-                    1, count, count, dtype=torch.bool, device=self.device
-                ).tril()
             return cache.written(form.call(slots, *given), counts)
 
     def _begins(self, cache: Cache, tokens: torch.Tensor) -> bool:

@@ -213,7 +213,7 @@ class _Writer:
         for index, key in enumerate(taken):
             if isinstance(key, fx.Node) and "input" in key.meta:
                 role = roles[key.meta["input"]]
-                if role in ("tokens", "positions", "lengths", "ancestors", PROMPT):
+                if role in ("tokens", "positions", "lengths", "spans", PROMPT):
                     found[role] = index
                 elif role == "entries":
                     found[key.meta["input"]] = index

@@ -32,7 +32,7 @@ class Stage(IntEnum):
 _LAYOUTS = {aten.unsqueeze, aten.to, aten.transpose, aten.contiguous, aten.clone}
 _ALONG = {aten.cat: 1, aten.select: 1, aten.slice: 1, aten.repeat_interleave: 2}
 _READERS = {torch.ops.graphopt.rotary}
-_OF_A_STEP = ("tokens", "positions", "lengths", "ancestors")
+_OF_A_STEP = ("tokens", "positions", "lengths", "spans")
 
 
 def stages(program: Program) -> dict[fx.Node, Stage]:

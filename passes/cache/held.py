@@ -71,13 +71,13 @@ class HeldSlot(Slot):
         if heavy:
             weights = rewriter.call(
                 ops.heavy_weights.default,
-                mine, my_keys, held["keys"], held["places"], held["mass"], stage.lengths, stage.ancestors, my_sinks,
+                mine, my_keys, held["keys"], held["places"], held["mass"], stage.lengths, stage.spans, my_sinks,
                 scale, softcap, sink, recent, heavy,
                 before=core,
             )  # fmt: skip
         made = rewriter.call(
             ops.held_attention.default,
-            mine, my_keys, my_values, held["keys"], held["values"], stage.lengths, stage.positions, stage.ancestors,
+            mine, my_keys, my_values, held["keys"], held["values"], stage.lengths, stage.positions, stage.spans,
             weights, my_sinks, scale, softcap, of(turned, 1, self.heads, group), sink, recent, compensate,
             before=core,
         )  # fmt: skip
@@ -88,7 +88,7 @@ class HeldSlot(Slot):
             theirs, keys, values, other = sides(free)
             whole = rewriter.call(
                 ops.cached_attention.default,
-                theirs, keys, values, *buffers, stage.lengths, stage.positions, stage.ancestors, None, other, scale,
+                theirs, keys, values, *buffers, stage.lengths, stage.positions, stage.spans, None, other, scale,
                 None, softcap,
                 before=core,
             )  # fmt: skip

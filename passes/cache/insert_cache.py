@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class InsertCache(Pass):
     """Let every causal attention keep its keys and values, so that a new token costs one step and not a whole run.
 
-    Tokens become the new tokens alone. Their positions, the lengths of the rows' caches, the ancestors of each new
-    token among the new ones, and two buffers an attention become inputs. Prefill, a decoded token and the verification
+    Tokens become the new tokens alone. Their positions, the lengths of the rows' caches, which new tokens see
+    which, and two buffers an attention become inputs. Prefill, a decoded token and the verification
     of a token tree are three uses of the one graph. What the model computed from places in the sequence (rotary angles,
     learned positions, biases by distance) is computed from the positions instead; what it computed from the padding
     goes, because rows have lengths. Attention over another text (an encoder's) keeps its keys, which do not grow. Heads

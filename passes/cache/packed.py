@@ -103,7 +103,7 @@ class PackedSlot(Slot):
         held = self._inputs(rewriter, stage)
         made = rewriter.call(
             ops.packed_attention.default,
-            q, k, v, held["held_keys"], held["held_values"], stage.lengths, stage.positions, stage.ancestors,
+            q, k, v, held["held_keys"], held["held_values"], stage.lengths, stage.positions, stage.spans,
             *(held[f"packed_{name}"] for name in PACKED), sinks, scale, softcap, self.bits, self.group, self.recent,
             before=core,
         )  # fmt: skip

@@ -123,10 +123,10 @@ class Stage:
         else:
             self.positions = rewriter.add_input(Input("positions", (batch, length), torch.int64, "positions"))
         self.lengths = rewriter.add_input(Input("lengths", (batch,), torch.int64, "lengths"))
-        self.ancestors = rewriter.add_input(Input("ancestors", (batch, length, length), torch.bool, "ancestors"))
+        self.spans = rewriter.add_input(Input("spans", (batch, 2, length), torch.int64, "spans"))
         rewriter.add_dim(CAPACITY)
         self.batch = batch
-        self._levels: list[tuple[fx.Node, fx.Node, fx.Node]] = [(self.lengths, self.positions, self.ancestors)]
+        self._levels: list[tuple[fx.Node, fx.Node, fx.Node]] = [(self.lengths, self.positions, self.spans)]
         self._held: list[tuple[fx.Node, fx.Node, fx.Node]] = []
         self._behind: dict[int, Places] = {}
         self.prompt: Prompt | None = None
@@ -166,8 +166,7 @@ class Stage:
             # A prompt is a chain, and behind it nothing leaves, so that the first places say how deep all stand.
             part = call(aten.slice.Tensor, depth, 1, 0, count)
             places = call(aten.add.Tensor, call(aten.unsqueeze.default, entries, 1), part)
-            rows = call(aten.slice.Tensor, self.ancestors, 1, 0, count)
-            self._levels.append((entries, places, call(aten.slice.Tensor, rows, 2, 0, count)))
+            self._levels.append((entries, places, call(aten.slice.Tensor, self.spans, 2, 0, count)))
             kept = rewriter.call(aten.sum.dim_IntList, real, [1], after=real)
             rewriter.add_output(f"kept_{level}", kept)
         for entries, places, rows in self._levels[: found.past]:
@@ -301,7 +300,7 @@ class Stage:
     def visible(self, call: Any, window: int | None, level: int, keys: fx.Node) -> fx.Node:
         """Which of C slots and S new entries each new token sees, `[B, 1, S, C + S]`, behind so many stages."""
         assert self._places is not None
-        frame, (lengths, positions, ancestors) = self._places.frame, self.held_at(level)
+        frame, (lengths, positions, spans) = self._places.frame, self.held_at(level)
         length, capacity = frame.length, frame.capacity
         if self.prompt is not None and level:
             length, capacity = self.prompt.lengths[level], call(aten.sym_size.int, keys, 2)
@@ -310,7 +309,13 @@ class Stage:
         slots.kwargs = {"dtype": torch.int64, "device": cpu}
         committed = call(aten.lt.Tensor, slots, call(aten.unsqueeze.default, lengths, 1))
         old = call(aten.expand.default, call(aten.unsqueeze.default, committed, 1), [frame.batch, length, capacity])
-        new = call(aten.expand.default, ancestors, [frame.batch, length, length])
+        entry, left = (call(aten.select.int, spans, 1, side) for side in (0, 1))
+        own = call(aten.unsqueeze.default, entry, 2)
+        entered = call(aten.le.Tensor, call(aten.unsqueeze.default, entry, 1), own)
+        inside = call(
+            aten.logical_and.default, entered, call(aten.lt.Tensor, own, call(aten.unsqueeze.default, left, 1))
+        )
+        new = call(aten.expand.default, inside, [frame.batch, length, length])
         if window is not None:
             first = call(aten.unsqueeze.default, call(aten.sub.Tensor, positions, window), 2)
             old = call(aten.logical_and.default, old, call(aten.gt.Tensor, slots, first))

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphopt.backends.ahead import TARGETS, compile_ahead
 from graphopt.backends.lowering import Lowered, Options, lower_graph
 from graphopt.ops import attention, cached_attention
+from graphopt.ops.trees import straight
 from graphopt.testing.lowering import check_lowering
 
 INTERPRET = Options(interpret=True)
@@ -86,7 +87,6 @@ def cached(queries: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]
     q, keys, values = example(queries, dtype, 64)
     k, v = (torch.randn(2, 2, queries, 64).to(dtype) for _ in range(2))
     lengths = torch.tensor([190, 260])
-    ancestors = torch.ones(1, queries, queries, dtype=torch.bool).tril()
     return (
         q,
         k,
@@ -95,7 +95,7 @@ def cached(queries: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]
         values,
         lengths,
         lengths[:, None] + torch.arange(queries),
-        ancestors,
+        straight(queries),
         None,
         None,
         0.2,

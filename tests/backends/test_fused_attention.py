@@ -9,6 +9,7 @@ from graphopt.backends.ahead import TARGETS, compile_ahead
 from graphopt.backends.lowering import Lowered, Options, lower_graph
 from graphopt.ops import attention, cached_attention, dequantise
 from graphopt.ops.quantised import encode, grid, pack
+from graphopt.ops.trees import straight
 from tests.backends.cases import drawn
 from tests.backends.conftest import close, reference, trace
 
@@ -115,16 +116,15 @@ def test_a_gate_behind_a_cache(queries: int) -> None:
     q, keys, values, gate = drawn_to(queries, torch.float32)
     k, v = keys[:, :, :queries] * 2, values[:, :, :queries] * 3
     lengths = torch.tensor([3, KEYS - queries])
-    ancestors = torch.ones(1, queries, queries, dtype=torch.bool).tril()
 
     def function(
-        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, seen: Tensor, gate: Tensor
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, spans: Tensor, gate: Tensor
     ) -> Tensor:
         places = lengths[:, None] + torch.arange(queries)
-        y = cached_attention(q, k, v, keys, values, lengths, places, seen, None, None, 0.2, None, None)
+        y = cached_attention(q, k, v, keys, values, lengths, places, spans, None, None, 0.2, None, None)
         return y.transpose(1, 2).reshape(2, queries, HEADS * SIZE) * torch.sigmoid(gate)
 
-    inputs = (q, k, v, keys, values, lengths, ancestors, gate)
+    inputs = (q, k, v, keys, values, lengths, straight(queries), gate)
     made = lower_graph(trace(function, *inputs), "cpu", Options(interpret=True))
     assert any("sigmoid" in group.ops and "cached_attention" in group.ops for group in made.groups)
     mine = [x.clone() for x in inputs]

@@ -14,6 +14,7 @@ from graphopt.backends.lowering import Lowered
 from graphopt.compiler.compile import compile
 from graphopt.ir.program import Program
 from graphopt.ops import bounded_attention, heavy_weights, held_attention
+from graphopt.ops.trees import straight, walk
 from graphopt.passkit import PassRegistry
 from graphopt.spec import parse_spec
 from tests.backends.conftest import close
@@ -21,6 +22,8 @@ from tests.backends.test_attention import lowered_call
 from tests.tiny import program
 
 BATCH, KV, GROUP, SIZE, WIDTH = 2, 2, 3, 16, 24
+# A chain, and beside its second token another one.
+TREE = (-1, 0, 0, 2, 3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Name: sink, recent, compensate, renumbered, sinks and soft cap.
 POLICIES = {
@@ -45,12 +48,9 @@ def held(policy: str, count: int, dtype: torch.dtype, size: int = SIZE) -> tuple
     ]  # fmt: skip
     q, k, v, keys, values, sinks, turned = (x.to(dtype) for x in floats)
     lengths = torch.tensor([1, 50])
-    # A chain, and beside its second token another one.
-    ancestors = torch.ones(1, count, count, dtype=torch.bool).tril()
-    positions = lengths[:, None] + torch.arange(count)
-    if count > 2:
-        ancestors[0, 2:, 1], positions[:, 2] = False, positions[:, 1]
-    return (q, k, v, keys, values, lengths, positions, ancestors, None, sinks if more else None, 0.3,
+    spans, depth = walk((TREE[:count],))
+    positions = lengths[:, None] + depth
+    return (q, k, v, keys, values, lengths, positions, spans, None, sinks if more else None, 0.3,
             20.0 if more else None, turned if renumbered else None, sink, recent, compensate)  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def heavy(dtype: torch.dtype) -> tuple[Any, ...]:
     places[0, 0] = -1
     places[1, 1, ::3] = -1
     mass, lengths = drawn(BATCH, KV, 37).abs().to(dtype), torch.tensor([3, 60])
-    return q, k, keys, places, mass, lengths, torch.ones(1, 1, 1, dtype=torch.bool), None, 0.3, None, 4, 5, 28
+    return q, k, keys, places, mass, lengths, straight(1), None, 0.3, None, 4, 5, 28
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,7 +146,7 @@ def step_inputs(source: Program, length: int) -> dict[str, torch.Tensor]:
             value = torch.full(shape, length)
         elif spec.name.endswith("places"):
             value = torch.arange(shape[-1]).expand(shape).clone()
-        given[spec.name] = value.to(spec.dtype) if spec.role != "ancestors" else torch.ones(shape, dtype=spec.dtype)
+        given[spec.name] = value.to(spec.dtype) if spec.role != "spans" else straight(1)
     return given
 
 

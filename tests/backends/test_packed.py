@@ -13,10 +13,11 @@ from graphopt.backends.ahead import TARGETS, compile_ahead
 from graphopt.compiler.compile import compile
 from graphopt.ops import packed_attention
 from graphopt.ops.packed import pack_keys, pack_values
+from graphopt.ops.trees import straight, walk
 from graphopt.passkit import PassRegistry
 from graphopt.spec import parse_spec
 from tests.backends.test_attention import lowered_call
-from tests.backends.test_held import check, drawn, step_inputs
+from tests.backends.test_held import TREE, check, drawn, step_inputs
 from tests.tiny import program
 
 BATCH, KV, GROUP, SIZE, WIDTH = 2, 2, 3, 16, 24
@@ -36,12 +37,10 @@ def step(grid: str, count: int, dtype: torch.dtype, size: int = SIZE, width: int
     ]  # fmt: skip
     q, k, v, keys, values, sinks, old_keys, old_values = (x.to(dtype) for x in floats)
     lengths = torch.tensor([1, 4 * group + recent - 2])
-    ancestors = torch.ones(1, count, count, dtype=torch.bool).tril()
-    positions = lengths[:, None] + torch.arange(count)
-    if count > 2:
-        ancestors[0, 2:, 1], positions[:, 2] = False, positions[:, 1]
+    spans, depth = walk((TREE[:count],)) if count <= len(TREE) else (straight(count), torch.arange(count)[None])
+    positions = lengths[:, None] + depth
     packed = *pack_keys(old_keys, bits, group), *pack_values(old_values, bits, group)
-    return (q, k, v, keys, values, lengths, positions, ancestors, *packed, sinks if more else None, 0.3,
+    return (q, k, v, keys, values, lengths, positions, spans, *packed, sinks if more else None, 0.3,
             20.0 if more else None, bits, group, recent)  # fmt: skip
 
 

@@ -102,13 +102,10 @@ def test_the_accepted_path_of_a_token_tree_is_taken_in(policy: str) -> None:
     whole, decoder = mask.module(torch.float64), Decoder(ragged, torch.float64)
     text = torch.randint(0, VOCABULARY, (1, 11), generator=torch.Generator().manual_seed(2))
     nodes = torch.randint(0, VOCABULARY, (1, 5), generator=torch.Generator().manual_seed(3))
-    seen = torch.eye(5, dtype=torch.bool)
-    for node, parent in enumerate((0, 0, 1, 2), 1):
-        seen[node] |= seen[parent]
     cache = decoder.cache(1, 32)
     decoder.step(cache, text)
     cache.commit(11)
-    tree = decoder.step(cache, nodes, ancestors=seen[None])[0]
+    tree = decoder.step(cache, nodes, parents=[(-1, 0, 0, 1, 2)])[0]
     path = [0, 2, 4]
     joined = torch.cat([text, nodes[:, path], text[:, :1]], 1)
     wanted = whole(input_ids=joined)[0][0]
@@ -333,6 +330,6 @@ def test_what_has_gone_cannot_come_back() -> None:
     with pytest.raises(ValueError, match="cannot go back"):
         cache.truncate(4)
     with pytest.raises(ValueError, match="order of the text"):
-        decoder.step(cache, torch.arange(3)[None], ancestors=torch.eye(3, dtype=torch.bool)[None])
+        decoder.step(cache, torch.arange(3)[None], parents=[(-1, -1, -1)])
     cache.truncate(0)
     close(decoder.step(cache, torch.arange(9)[None])[0], first)

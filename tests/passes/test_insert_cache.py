@@ -108,7 +108,7 @@ def test_places_that_the_graph_counts_itself(name: str) -> None:
     program = toy(place=PLACES[name])
     cached, reason = with_cache(program)
     assert reason is None
-    assert {spec.role for spec in cached.entry.inputs} == {"tokens", "positions", "lengths", "ancestors", "cache"}
+    assert {spec.role for spec in cached.entry.inputs} == {"tokens", "positions", "lengths", "spans", "cache"}
     verify_decode(program, cached, None, "insert_cache")
 
 

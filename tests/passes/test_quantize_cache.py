@@ -127,24 +127,19 @@ def test_certificates_hold_and_trees_are_taken_in() -> None:
     text, packed = quantised("llama", "2 bits")
     whole, decoder = text.module(torch.float64), Decoder(packed, torch.float64)
     ids = torch.randint(0, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(2))
-    seen = torch.eye(5, dtype=torch.bool)
-    for node, parent in enumerate((0, 0, 1, 2), 1):
-        seen[node] |= seen[parent]
     cache = decoder.cache(1, 48)
     decoder.step(cache, ids[:, :22])
     cache.commit(22)
     path = [0, 2, 4]
-    tree = decoder.step(cache, ids[:, 22:27], ancestors=seen[None])[0]
+    tree = decoder.step(cache, ids[:, 22:27], parents=[(-1, 0, 0, 1, 2)])[0]
     joined = torch.cat([ids[:, :22], ids[:, 22:27][:, path], ids[:, 27:]], 1)
     wanted = whole(input_ids=joined)[0][0]
     close(tree[0, path], wanted[22:25])
     # The path fills a block whose other tokens were committed before.
     cache.commit(torch.tensor([path]))
     close(decoder.step(cache, ids[:, 27:])[0][0], wanted[25:])
-    deep = torch.ones(20, 20, dtype=torch.bool).tril()
-    deep[19, 18] = False
     with pytest.raises(ValueError, match="may be 8 deep"):
-        decoder.step(cache, ids[:, :20], ancestors=deep[None])
+        decoder.step(cache, ids[:, :20], parents=[(*range(-1, 18), 17)])
     with pytest.raises(ValueError, match="cannot go back"):
         cache.truncate(20)
 

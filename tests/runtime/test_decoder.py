@@ -97,7 +97,7 @@ def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: 
         held = decoder.cache(2, 40)
         decoder.step(held, ids)
         held.commit(torch.tensor(lengths))
-        logits = decoder.step(held, nodes, ancestors=seen[None])[0]
+        logits = decoder.step(held, nodes, parents=[tuple(parents)])[0]
         paths = torch.full((2, size), -1)
         texts = []
         for row, length in enumerate(lengths):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphopt.ops.trees import is_straight, sees, walk
 from graphopt.runtime.speculate import (
     Event,
     Exact,
@@ -44,12 +45,16 @@ def trees(draw: st.DrawFn, most: int = 24) -> Tree:
 
 @given(trees())
 def test_masks_depths_and_paths_follow_from_parents(tree: Tree) -> None:
+    spans, depth = walk((tree.parent,))
+    seen = sees(spans)
+    assert tuple(depth[0].tolist()) == tree.depth
+    assert is_straight(spans) == tree.is_chain
     for node in range(len(tree)):
         path = tree.path(node)
         assert path[0] == 0
         assert path[-1] == node
         assert tree.depth[node] == len(path) - 1
-        assert set(torch.nonzero(tree.ancestors[0, node]).flatten().tolist()) == set(path)
+        assert set(torch.nonzero(seen[0, node]).flatten().tolist()) == set(path)
     assert sum(map(len, tree.children)) == len(tree) - 1
     assert Tree.chain(1, (2, 2)).is_chain
 

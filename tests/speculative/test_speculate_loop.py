@@ -58,7 +58,7 @@ def test_tree_rows_equal_the_ends_of_their_paths(name: str) -> None:
     with torch.no_grad():
         run.step(cache, PROMPT[None])
         cache.commit(len(PROMPT))
-        got = run.step(cache, torch.tensor([tree.token]), ancestors=tree.ancestors)[0][0]
+        got = run.step(cache, torch.tensor([tree.token]), parents=[tree.parent])[0][0]
         whole = program(name).module(torch.float64)
         for node in range(len(tree)):
             path = torch.tensor([tree.token[n] for n in tree.path(node)])

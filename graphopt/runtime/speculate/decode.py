@@ -139,7 +139,7 @@ class Speculator:
     def _run(self, cache: Cache, tree: Tree) -> Rows:
         """Results of the program for the nodes of a tree behind what the cache holds."""
         ids = torch.tensor([tree.token])
-        values = self.decoder.step(cache, ids, ancestors=None if tree.is_chain else tree.ancestors)
+        values = self.decoder.step(cache, ids, parents=None if tree.is_chain else [tree.parent])
         return Rows(tree.token, tree.parent, values, self.decoder.program.entry.outputs, cache)
 
 

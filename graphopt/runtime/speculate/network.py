@@ -12,7 +12,7 @@ from graphopt.runtime.cache import Cache
 from graphopt.runtime.decoder import Decoder
 from graphopt.runtime.speculate.accept import Law
 from graphopt.runtime.speculate.drafter import Rows
-from graphopt.runtime.speculate.tree import Tree, closure
+from graphopt.runtime.speculate.tree import Tree
 
 
 class Network:
@@ -80,7 +80,7 @@ class Network:
         assert self._cache is not None
         with torch.no_grad():
             ids = torch.tensor([list(tokens)])
-            return self.decoder.step(self._cache, ids, ancestors=None if parent is None else closure(parent))[0][0]
+            return self.decoder.step(self._cache, ids, parents=None if parent is None else [parent])[0][0]
 
 
 class Chain(Network):

@@ -75,24 +75,3 @@ class Tree:
     def is_chain(self) -> bool:
         """Whether every node hangs on the one before it."""
         return self.parent == tuple(range(-1, len(self) - 1))
-
-    @cached_property
-    def ancestors(self) -> torch.Tensor:
-        """Which nodes each node sees: its ancestors and itself, bool `[1, N, N]`."""
-        return closure(self.parent)
-
-
-_CLOSURES: dict[tuple[int, ...], torch.Tensor] = {}
-
-
-def closure(parent: tuple[int, ...]) -> torch.Tensor:
-    """Ancestors of each node, itself included, bool `[1, N, N]`; remembered by shape, because trees repeat."""
-    found = _CLOSURES.get(parent)
-    if found is None:
-        if len(_CLOSURES) >= 512:
-            _CLOSURES.clear()
-        found = torch.eye(len(parent), dtype=torch.bool)
-        for node, above in enumerate(parent[1:], start=1):
-            found[node] |= found[above]
-        found = _CLOSURES[parent] = found[None]
-    return found

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from graphopt.ops import attention, attention_mask, cached_attention, rms_norm, rotary
+from graphopt.ops.trees import walk
 from graphopt.testing.contracts.contract import LENGTHS, Contract, Numbers, Sample
 
 HEAD_SIZES = (2, 1, 3, 4, 8, 16)
@@ -130,8 +131,8 @@ def _cached_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
         held = [held[0]] * of.batch if draw(st.booleans()) else held
         capacity = max(held) + count + draw(st.integers(0, 3))
         lengths = torch.tensor(held)
-        ancestors = _ancestors(random, of.batch, count, tree)
-        positions = lengths[:, None] + ancestors.sum(-1) - 1
+        spans, depth = walk(_parents(random, of.batch, count, tree))
+        positions = lengths[:, None] + depth
         arguments = (
             random(of.batch, of.heads, count, of.size),
             random(of.batch, of.kv_heads, count, of.size),
@@ -140,7 +141,7 @@ def _cached_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
             random(of.batch, of.kv_heads, capacity, of.value_size),
             lengths,
             positions.expand(of.batch, count).contiguous(),
-            ancestors,
+            spans,
             random(1, of.heads, count, capacity) if draw(st.booleans()) else None,
             random(of.heads) if draw(st.booleans()) else None,
             of.size**-0.5,
@@ -152,15 +153,14 @@ def _cached_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
     return samples()
 
 
-def _ancestors(random: Numbers, batch: int, count: int, tree: bool) -> torch.Tensor:
-    """Which new token sees which `[B or 1, S, S]`: ordinary text, or a tree of its own for each row."""
+def _parents(random: Numbers, batch: int, count: int, tree: bool) -> tuple[tuple[int, ...], ...]:
+    """What each new token hangs on: ordinary text, or a tree of its own for each row."""
     if not tree:
-        return torch.ones(1, count, count, dtype=torch.bool).tril()
-    made = torch.eye(count, dtype=torch.bool).repeat(batch, 1, 1)
-    for row in range(batch):
-        for node in range(1, count):
-            made[row, node] |= made[row, int(torch.randint(node, (), generator=random.generator))]
-    return made
+        return (tuple(range(-1, count - 1)),)
+    return tuple(
+        (-1, *(int(torch.randint(node, (), generator=random.generator)) for node in range(1, count)))
+        for _ in range(batch)
+    )
 
 
 # --- what it means -------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _cached_reference(
     values: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
-    ancestors: torch.Tensor,
+    spans: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
@@ -266,13 +266,13 @@ def _cached_reference(
     count = q.shape[2]
     for row, held in enumerate(lengths.tolist()):
         keys[row, :, held : held + count], values[row, :, held : held + count] = k[row], v[row]
-        tree = ancestors[row if ancestors.shape[0] > 1 else 0]
+        entry, left = spans[row if spans.shape[0] > 1 else 0].tolist()
         places = [*range(held), *positions[row].tolist()]
         seen = torch.zeros(1, 1, count, held + count, dtype=torch.bool)
         for i in range(count):
             for j, place in enumerate(places):
                 near = window is None or int(positions[row, i]) - place < window
-                seen[0, 0, i, j] = near and (j < held or bool(tree[i, j - held]))
+                seen[0, 0, i, j] = near and (j < held or entry[j - held] <= entry[i] < left[j - held])
         bias = None if mask is None else mask[..., places]
         k_row, v_row = keys[row : row + 1, :, : held + count], values[row : row + 1, :, : held + count]
         rows.append(_weighted(q[row : row + 1], k_row, v_row, seen, bias, sinks, scale, softcap))
