@@ -78,6 +78,23 @@ class Fitted(Choice):
     """standard deviation of the scores, which says how unequal the weights of the chosen experts are"""
 
 
+class Trained(Choice):
+    """Scores trained on the dense model's own activations to choose the experts that a token would miss most.
+
+    For each of the first 4,096 tokens of the calibration text experts are taken one after another, each time the one that
+    leaves least of the squared output, as many as a token goes to. Scores are fitted to the norms of what experts add, and
+    then trained by logistic regression to tell those that were taken, a mistake counting what it costs of that square.
+    """
+
+    kind: Literal["trained"] = "trained"
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 50
+    """iterations of L-BFGS over all of these tokens at most"""
+    ridge: Annotated[float, Field(ge=1e-9, le=1e3)] = 1e-3
+    """damping of the fit, as a share of the mean square of the inputs"""
+    spread: Spread = 0.1
+    """standard deviation of the scores, which says how unequal the weights of the chosen experts are"""
+
+
 class Tokens(Choice):
     """One routing for all layers, made before the first: a table of scores by token (decoupled, as in Read-ME).
 
@@ -90,7 +107,7 @@ class Tokens(Choice):
     """standard deviation of the scores"""
 
 
-Router = Annotated[Zero | Random | Static | Fitted | Tokens, Field(discriminator="kind"), Shorthand("kind")]
+Router = Annotated[Zero | Random | Static | Fitted | Trained | Tokens, Field(discriminator="kind"), Shorthand("kind")]
 
 
 class Top(Choice):

@@ -12,7 +12,7 @@ from graphopt.ir.program import Program
 from graphopt.observe import Activity, Grouped, Statistics
 from graphopt.passes.experts import partition, routers
 from graphopt.passes.experts.dense import Dense, Unfit
-from graphopt.passes.experts.options import Fitted, KMeans, Masks, Partition, Random, Router, Static, Tokens
+from graphopt.passes.experts.options import Fitted, KMeans, Masks, Partition, Random, Router, Static, Tokens, Trained
 from graphopt.passkit import Context
 from graphopt.spec import Percent
 
@@ -59,8 +59,13 @@ class Prepared:
         return Prepared(partition.in_order(rest, experts), shared, norms)
 
 
-def router_of(context: Context, how: Router, fit: list[tuple[Dense, Prepared]]) -> list[dict[str, torch.Tensor]]:
-    """The weights of the routers by name: one for each feed-forward, or the same table for all."""
+def router_of(
+    context: Context, how: Router, fit: list[tuple[Dense, Prepared]], count: int
+) -> list[dict[str, torch.Tensor]]:
+    """The weights of the routers by name: one for each feed-forward, or the same table for all.
+
+    `count` is how many experts a token goes to.
+    """
     if isinstance(how, Tokens) and fit:
         program, tokens = context.program, tokens_of(context.program)
         found = [_grouped(context.statistics, dense, tokens) for dense, _ in fit]
@@ -68,10 +73,10 @@ def router_of(context: Context, how: Router, fit: list[tuple[Dense, Prepared]]) 
             found, [p.norms for _, p in fit], [p.groups for _, p in fit], _vocabulary(program, tokens), how.spread
         )
         return [{"tokens": table} for _ in fit]
-    return [_router(context, how, dense, prepared) for dense, prepared in fit]
+    return [_router(context, how, dense, prepared, count) for dense, prepared in fit]
 
 
-def _router(context: Context, how: Router, dense: Dense, prepared: Prepared) -> dict[str, torch.Tensor]:
+def _router(context: Context, how: Router, dense: Dense, prepared: Prepared, count: int) -> dict[str, torch.Tensor]:
     experts, width = len(prepared.groups), int(dense.x.meta["val"].shape[-1])
     if isinstance(how, Random):
         return {"weight": routers.random(experts, width, how.seed, dense.view.path, how.spread)}
@@ -81,6 +86,12 @@ def _router(context: Context, how: Router, dense: Dense, prepared: Prepared) -> 
             scores = routers.static(seen, prepared.norms, prepared.groups, how.spread)
             return {"weight": routers.zero(experts, width), "bias": scores}
         return {"weight": routers.fitted(seen, prepared.norms, prepared.groups, how.ridge, how.spread)}
+    if isinstance(how, Trained):
+        found, down = _needed(context.statistics), dense.view.down
+        x, hidden = (found.rows(node.name).rows for node in (dense.x, down.x))
+        matrix = _matrix(context.program, dense)
+        scores = routers.trained(x, hidden, matrix, prepared.groups, count, how.steps, how.ridge, how.spread)
+        return {"weight": scores}
     return {"weight": routers.zero(experts, width)}
 
 
@@ -106,9 +117,14 @@ def _needed(statistics: Statistics | None) -> Statistics:
 def _norms(program: Program, dense: Dense) -> torch.Tensor:
     if program.weights.source is None:
         return torch.ones(dense.view.neurons, dtype=torch.float64)
+    return _matrix(program, dense).norm(dim=0)
+
+
+def _matrix(program: Program, dense: Dense) -> torch.Tensor:
+    """The down projection `[out, I]`."""
     down = dense.view.down
     weight = program.weights.evaluate(down.weight, torch.float64)
-    return weight.norm(dim=down.out_axis)
+    return weight if down.out_axis == 0 else weight.T
 
 
 def _vocabulary(program: Program, tokens: str | None) -> int:

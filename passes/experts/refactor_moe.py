@@ -20,6 +20,7 @@ from graphopt.passes.experts.options import (
     Threshold,
     Tokens,
     Top,
+    Trained,
     Zero,
 )
 from graphopt.passkit.base import Context, Pass
@@ -95,6 +96,8 @@ class RefactorMoE(Pass):
             by_activity = isinstance(self.partition, KMeans) or isinstance(self.router, Fitted | Static)
             if by_activity or self.shared is not None:
                 taps.append(Tap(hidden, "activity", "last", view.up.x.name))
+            if isinstance(self.router, Trained):
+                taps += [Tap(node, "rows") for node in (hidden, view.up.x.name)]
             if isinstance(self.partition, Masks):
                 taps.append(Tap(hidden, "grouped"))
             if isinstance(self.router, Tokens) and tokens is not None:
@@ -182,7 +185,7 @@ class RefactorMoE(Pass):
         from graphopt.passes.experts.refactor import Refactor
 
         route = self._route(context)
-        routers = router_of(context, self.router, fit)
+        routers = router_of(context, self.router, fit, route.count)
         return tuple(
             Refactor(
                 dense.view.path,

@@ -19,7 +19,7 @@ from graphopt.ir.program import Program
 from graphopt.observe import Activity, observe
 from graphopt.observe.taps import Tap
 from graphopt.passes.experts.partition import alike, clustered, in_order, masked
-from graphopt.passes.experts.routers import fitted
+from graphopt.passes.experts.routers import fitted, missed, trained
 from graphopt.passkit import PassRegistry
 from graphopt.testing.models import Shape, build
 from graphopt.testing.trial import Refused, trial
@@ -185,6 +185,49 @@ def test_a_fitted_router_prefers_the_expert_that_adds_most() -> None:
     decided = x[:, 0].abs() > 0.5
     assert (scores.argmax(1) == a.argmax(1))[decided].float().mean() > 0.95
     assert scores.std() == pytest.approx(0.1, rel=0.1)
+
+
+def _neurons() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, ...], ...]]:
+    """Tokens, their neurons, a down projection and four groups of three neurons."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(600, 6, generator=generator, dtype=torch.float64)
+    hidden = (x @ torch.randn(6, 12, generator=generator, dtype=torch.float64)).clamp_min(0)
+    down = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    return x, hidden, down, tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
+
+
+def test_the_experts_that_a_token_would_miss_leave_least_without_them() -> None:
+    _, hidden, down, groups = _neurons()
+    added = torch.stack([hidden[:, list(group)] @ down[:, list(group)].T for group in groups], 1)
+    sizes, wanted, costs = missed(hidden, down, groups, 1)
+    torch.testing.assert_close(sizes, added.square().sum(-1))
+    left = (added.sum(1, keepdim=True) - added).square().sum(-1)
+    assert torch.equal(wanted.argmax(-1), left.argmin(-1))
+    common = 2 * (added @ added.mT)[torch.arange(len(left)), wanted.argmax(-1)]
+    swapped = left - left.amin(-1, keepdim=True) + common
+    assert bool((costs >= 0).all())
+    torch.testing.assert_close(costs[(wanted == 0) & (costs > 0)], swapped[(wanted == 0) & (costs > 0)])
+    for count in (2, 3, 4):
+        more = missed(hidden, down, groups, count)[1]
+        assert bool((more.sum(-1) == count).all())
+        assert bool((more >= wanted).all())
+        wanted = more
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mistakes_of_a_trained_router_cost_less_than_those_of_a_fitted_one(count: int) -> None:
+    x, hidden, down, groups = _neurons()
+    a = hidden.abs()
+    seen = Activity(len(x), a.mean(0), a.T @ a, x.T @ x, x.T @ a)
+    _, wanted, costs = missed(hidden, down, groups, count)
+
+    def cost(router: torch.Tensor) -> float:
+        chosen = torch.zeros_like(wanted).scatter(1, (x @ router.T).topk(count).indices, 1.0)
+        return float((costs * (chosen != wanted)).sum())
+
+    router = trained(x, hidden, down, groups, count, 50, 1e-3, 0.1)
+    assert cost(router) < cost(fitted(seen, down.norm(dim=0), groups, 1e-3, 0.1))
+    assert (x @ router.T).std() == pytest.approx(0.1, rel=0.1)
 
 
 def test_activity_is_the_sum_of_what_ran() -> None:
