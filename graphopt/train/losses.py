@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from graphopt.diagnostics import PlanError, did_you_mean
 from graphopt.ir.program import Program
 from graphopt.passkit.training import HeadsLoss, HiddenLoss, LogitsLoss, Losses
+from graphopt.train.data import IGNORED
 from graphopt.views import Views
 
 Values = Mapping[str, torch.Tensor]
@@ -45,7 +46,7 @@ class NextToken(Term):
 
 @dataclass(frozen=True)
 class LogitDivergence(Term):
-    """T^2 KL(teacher || student), mean over tokens."""
+    """T^2 KL(teacher || student), mean over tokens; over those in front of a target where only some are to be predicted."""
 
     weight: float
     student: tuple[str, ...]
@@ -55,8 +56,14 @@ class LogitDivergence(Term):
 
     def __call__(self, ids: torch.Tensor, student: Values, teacher: Values) -> torch.Tensor:
         """Logits `[B, S, V]` of both."""
-        ours = F.log_softmax(student[self.student[0]].flatten(0, 1) / self.temperature, dim=-1)
-        theirs = F.log_softmax(teacher[self.teacher[0]].flatten(0, 1) / self.temperature, dim=-1)
+        ours, theirs = student[self.student[0]], teacher[self.teacher[0]]
+        wanted = ids[:, 1:] != IGNORED
+        if bool(wanted.all()):
+            ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)
+        else:
+            ours, theirs = ours[:, :-1][wanted], theirs[:, :-1][wanted]
+        ours = F.log_softmax(ours / self.temperature, dim=-1)
+        theirs = F.log_softmax(theirs / self.temperature, dim=-1)
         return self.temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 

@@ -25,6 +25,7 @@ class Gathered(Walk):
         self.real: dict[int, fx.Node] = {}
         self.lengths: dict[int, Any] = {}
         self.places: dict[int, fx.Node] = {}
+        self.present: dict[int, fx.Node] = {}
 
     def stage(self, stage: Stage, point: fx.Node) -> fx.Node:
         """Score, choose, and take."""
@@ -46,7 +47,20 @@ class Gathered(Walk):
         self.lengths[new] = length
         if self.selection.positions == "renumber":
             self.places[new] = self._renumbered(length)
+        if self.presence is not None:
+            present = self.call(ops.take_tokens.default, self.presence, index, 1)
+            if level in self.present:
+                before = self.call(ops.take_tokens.default, self.present[level], index, 1)
+                present = self.call(aten.mul.Tensor, present, before)
+            self.present[new] = present
         return taken
+
+    def given(self, values: fx.Node, level: int) -> fx.Node:
+        """Their values, by which scores learn how they are missed."""
+        if level not in self.present:
+            return values
+        wide = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, self.present[level], 1), 3)
+        return self.call(aten.mul.Tensor, values, wide)
 
     def _renumbered(self, length: Any) -> fx.Node:
         """The original places `[B, L]` whose positions the tokens take: the first real one and those behind it."""

@@ -50,7 +50,7 @@ class Predictor(Choice):
     """A small network of its own at each stage, GELU(W x + b) and one product, trained by the step's recipe.
 
     After Dynamic-LLaVA (arXiv 2412.00876), whose predictor is deeper and learns by Gumbel noise in the attention. Here
-    the number of tokens is fixed, and a token that stays passes on the gradient of its own presence.
+    the number of tokens is fixed, and a token that stays learns by what its values give to others in later attention.
     """
 
     kind: Literal["predictor"] = "predictor"

@@ -58,13 +58,15 @@ def predicted(walk: Walk, stage: Stage, score: Predictor, x: fx.Node) -> fx.Node
     return walk.call(aten.squeeze.dim, walk.call(aten.linear.default, hidden, down), -1)
 
 
-def present(walk: Walk, x: fx.Node, score: fx.Node, span: fx.Node) -> fx.Node:
-    """The stream bit for bit, with the gradient of each token's presence passed on to its score."""
+def presence(walk: Walk, score: fx.Node, span: fx.Node) -> fx.Node:
+    """One for each token `[B, S]`, whose gradient is passed on to the token's score.
+
+    What a token gives to others, its values, is multiplied by it: a norm would take it out of the stream again.
+    """
     gate = walk.call(aten.sigmoid.default, score)
     nothing = walk.call(aten.sub.Tensor, gate, walk.call(aten.detach.default, gate))
     nothing = walk.call(aten.masked_fill.Scalar, nothing, walk.call(aten.logical_not.default, span), 0)
-    one = walk.call(aten.add.Tensor, walk.call(aten.unsqueeze.default, nothing, -1), 1)
-    return walk.call(aten.mul.Tensor, x, one)
+    return walk.call(aten.add.Tensor, nothing, 1)
 
 
 def _others(walk: Walk, span: fx.Node, real: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.ir.follow import At, Lost, Step, follow, packet, rank
 from graphopt.ir.rewriter import Rewriter
 from graphopt.passes.tokens.options import Carried, Predictor, Windows
-from graphopt.passes.tokens.scores import present, score_of
+from graphopt.passes.tokens.scores import presence, score_of
 from graphopt.passes.tokens.span import NoSpan, find_span
 from graphopt.passes.tokens.stage import Selection, Stage
 from graphopt.views import Views
@@ -48,6 +48,8 @@ class Walk:
         """which tokens of the text have not left as patches, `[B, S]`"""
         self.chain: list[tuple[fx.Node, fx.Node]] = []
         """indices and masks by which tokens have left in front of the first stage, in earlier steps"""
+        self.presence: fx.Node | None = None
+        """one for each token in front of the last stage, where scores learn by it"""
         self._base: dict[str, fx.Node] = {}
         self._sides: dict[tuple[fx.Node, int, int, int], fx.Node] = {}
 
@@ -136,7 +138,12 @@ class Walk:
         self.masks[node] = mask
         rows, columns = (self.known.get(side) is not None for side in (q, k))  # type: ignore[arg-type]
         mask, rest[3] = self.sees(node, mask, level, rows, columns)
-        node.args = (*(self.reads(side) for side in (q, k, v)), mask, *rest)  # type: ignore[arg-type]
+        q, k, v = (self.reads(side) for side in (q, k, v))  # type: ignore[arg-type]
+        node.args = (q, k, self.given(v, level) if columns else v, mask, *rest)
+
+    def given(self, values: fx.Node, level: int) -> fx.Node:
+        """What tokens of a level give to others, `[B, K, L, E]`."""
+        return values
 
     def mask_at(self, core: fx.Node, mask: Any, level: int) -> Any:
         """The mask of an attention that is still to come, for the tokens of a level."""
@@ -315,7 +322,7 @@ class Walk:
             score = score_of(self, stage, x, span, real)
             top = self.call(ops.top_tokens.default, score, span, self.staying(stage))
             if isinstance(self.selection.score, Predictor):
-                x = present(self, x, score, span)
+                self.presence = presence(self, score, span)
         outside = self._and(real, self.call(aten.logical_not.default, span))
         return self.call(aten.logical_or.default, outside, top), self.merged(x, span, top)
 

@@ -125,6 +125,22 @@ def test_two_steps_are_two_stages(name: str) -> None:
     assert cost(together).flops == cost(apart).flops or name == "reader"
 
 
+def test_a_predictor_learns_by_what_values_give() -> None:
+    """The gradient of a score is that of the share of the token's values in what later attention reads."""
+    program = after(reader_program(), span="image", layers=2, keep="25%", score={"kind": "predictor", "width": 4})
+    runner: Any = program.module(torch.float64)
+    names = [node.meta["weight"] for node in program.graph.graph.nodes if "weight" in node.meta]
+    place = next(i for i, name in enumerate(names) if name.endswith("tokens.down.weight"))
+    weight = runner.values[place] = runner.values[place].detach().clone().requires_grad_()
+    given = wide(question(2))
+    result = runner(**given)[0]
+    result.square().mean().backward()
+    assert weight.grad.abs().max() > 1e-6 * float(result.detach().square().mean())
+    runner.values[place] = weight.detach()
+    with torch.no_grad():
+        assert torch.equal(runner(**given)[0], result)
+
+
 def test_what_leaves_the_encoder_leaves_the_text() -> None:
     program = after(reader_program(), span="patches", layers=1, keep=5, score="norm")
     given = question(2)

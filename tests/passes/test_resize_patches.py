@@ -152,6 +152,7 @@ def test_a_reader_of_pictures_is_a_stock_checkpoint(patch: int, tmp_path: Path) 
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     vision = loaded.config.vision_config
     assert (vision.patch_size, vision.image_size, vision.num_hidden_layers) == (patch, 16, 3)
+    assert loaded.config.image_seq_length == (16 // patch) ** 2
     ids = torch.tensor([[7, 8, *[IMAGE] * (16 // patch) ** 2, 9, 11]] * 2)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
     with torch.no_grad():

@@ -13,6 +13,8 @@ from graphopt.ir.program import Program
 from graphopt.passkit.training import HiddenLoss, LogitsLoss, Lora, Losses, Recipe, Training
 from graphopt.spec import ScalarError
 from graphopt.train import Trainer, Windows, train
+from graphopt.train.data import IGNORED
+from graphopt.train.losses import LogitDivergence
 from tests.tiny import program
 
 TEXT = torch.randint(3, 96, (7,), generator=torch.Generator().manual_seed(1)).repeat(60)
@@ -120,6 +122,20 @@ def test_distillation_moves_towards_the_teacher() -> None:
     assert teacher.weights is noisy
     with pytest.raises(PlanError, match="teacher"):
         Trainer(student, asked_for, TEXT)
+
+
+def test_distillation_counts_what_is_to_be_predicted() -> None:
+    """Only positions in front of a wanted token are compared where some are ignored; otherwise all are."""
+    torch.manual_seed(0)
+    ours, theirs, ids = torch.randn(2, 4, 5), torch.randn(2, 4, 5), torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    term = LogitDivergence(1.0, ("a",), ("b",), 1.0)
+    wanted = ids.clone()
+    wanted[:, [0, 1, 3]] = IGNORED
+    only = term(wanted, {"a": ours}, {"b": theirs})
+    apart = theirs.clone()
+    apart[:, [0, 2, 3]] = 9.0
+    torch.testing.assert_close(term(wanted, {"a": ours}, {"b": apart}), only)
+    torch.testing.assert_close(term(ids[:, 1:2], {"a": ours[:, 1:2]}, {"b": theirs[:, 1:2]}), only)
 
 
 def test_text_is_a_function_of_step_and_seed_and_covers_everything() -> None:
