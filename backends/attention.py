@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.backends.emit import JOINS, RESHAPES, VIEWS, Emitter, Value, aten, packet
+from graphopt.backends.emit import JOINS, RESHAPES, TAKE, VIEWS, Emitter, Value, aten, packet
 from graphopt.backends.index import ZERO, Index, Unfusable, linear, reshape, same, text_of
 from graphopt.backends.kernel import Entry, Kernel, Signature, assemble, call_text, describe, kernel_text
 from graphopt.backends.loops import spread
@@ -328,8 +328,8 @@ class AttentionEmitter(Emitter):
 
 
 def base(node: Any) -> Any:
-    """What a view reads in the end."""
-    while isinstance(node, fx.Node) and packet(node) in VIEWS:
+    """What a view, or a choice of tokens, reads in the end."""
+    while isinstance(node, fx.Node) and packet(node) in (TAKE, *VIEWS):
         node = node.args[0]
     return node
 
@@ -349,7 +349,7 @@ def check(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Node:
         raise Unfusable("attention stands alone")
     given = operands(core)
     loaded = _sources([given.get(name) for name in ("q", "k", "v")], nodes)
-    if any(packet(node) not in (*UNPACKED, *JOINS, *CASTS) for node in loaded):
+    if any(packet(node) not in (TAKE, *UNPACKED, *JOINS, *CASTS) for node in loaded):
         raise Unfusable("a computation that every block of an attention would repeat")
     free = loaded | _sources([given.get("mask")], nodes)
     others = [given[name] for name in given if name not in ("q", "k", "v", "mask")]

@@ -43,6 +43,7 @@ VIEWS = (*RESHAPES, aten.expand, aten.permute, aten.transpose, aten.t, aten.slic
 CREATIONS = (aten.full, aten.zeros, aten.ones, aten.full_like, aten.zeros_like, aten.ones_like, aten.scalar_tensor,
              aten.arange)  # fmt: skip
 JOINS = (aten.cat, aten.constant_pad_nd)
+TAKE = torch.ops.graphopt.take_tokens
 
 
 def packet(node: Any) -> Any:
@@ -181,6 +182,8 @@ class Emitter:
             return self._cat(node, indices, guard)
         if kind is aten.constant_pad_nd:
             return self._pad(node, indices, guard)
+        if kind is TAKE:
+            return self._take(node, indices, guard)
         if kind in UNPACKED:
             text, axes = unpacked(self, node, indices, guard)
             return Value(self.line(text, "weight", axes), node.meta["val"].dtype, axes)
@@ -205,6 +208,18 @@ class Emitter:
         if text in texts:
             return Value(text, node.meta["val"].dtype, axes)
         return Value(self.line(text, self._stem(node), axes), node.meta["val"].dtype, axes)
+
+    def _take(self, node: fx.Node, indices: list[Index], guard: Index | None) -> Value:
+        """Tokens through their index: the index is loaded, and what it says is where the entry lies."""
+        x, index, axis = node.args
+        rows = self.sizes(index)  # type: ignore[arg-type]
+        row = ZERO if same(self.sizes(x)[0], 1) else indices[0]  # type: ignore[arg-type]
+        chosen = self.value(
+            index, [ZERO if same(s, 1) else indices[i] for s, i in zip(rows, (0, axis), strict=True)], guard
+        )  # type: ignore[index]
+        moved = [row, *indices[1:]]
+        moved[axis] = Index(chosen.text, chosen.axes)  # type: ignore[index]
+        return self.value(x, moved, guard)
 
     def operand(self, node: fx.Node, operand: Any, indices: Sequence[Index], guard: Index | None) -> Value:
         """An operand's value at a node's coordinates, broadcast as torch does."""

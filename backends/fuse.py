@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.backends import loops
-from graphopt.backends.emit import CREATIONS, JOINS, VIEWS, packet
+from graphopt.backends.emit import CREATIONS, JOINS, TAKE, VIEWS, packet
 from graphopt.backends.index import Unfusable
 from graphopt.backends.kernel import Kernel, dense_order
 from graphopt.backends.packed import UNPACKED
@@ -26,7 +26,7 @@ from graphopt.backends.pointwise import CASTS, TRITON, rule_of
 aten = torch.ops.aten
 
 MOST_NODES, MOST_INPUTS = 64, 24
-COPIES = (aten.clone, aten.lift_fresh_copy, aten.cat, aten.constant_pad_nd)
+COPIES = (aten.clone, aten.lift_fresh_copy, aten.cat, aten.constant_pad_nd, TAKE)
 
 Builder = Callable[[Sequence[fx.Node], Sequence[fx.Node]], Kernel]
 
@@ -72,7 +72,10 @@ def writable(node: fx.Node, template: Callable[[fx.Node], bool]) -> bool:
     if packet(node) in CASTS:
         return not node.kwargs.keys() - {"dtype", "device", "memory_format", "layout", "pin_memory"} and bool(tensors)
     return (
-        rule_of(node) is not None or packet(node) in (*JOINS, *UNPACKED) or loops.is_reduction(node) or template(node)
+        rule_of(node) is not None
+        or packet(node) in (TAKE, *JOINS, *UNPACKED)
+        or loops.is_reduction(node)
+        or template(node)
     )
 
 

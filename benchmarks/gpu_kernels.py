@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from graphopt.backends.lowering import Options, lower_graph
-from graphopt.ops import attention, bounded_attention, dequantise, heavy_weights, held_attention
+from graphopt.ops import attention, bounded_attention, dequantise, heavy_weights, held_attention, packed_attention
 from graphopt.ops.quantised import encode, grid, pack
 from tests.backends.cases import FLOATING, drawn
 from tests.backends.conftest import close, reference, trace
@@ -28,7 +28,11 @@ from tests.backends.test_expert_products import biased, rows_first
 from tests.backends.test_expert_products import inputs as expert_inputs
 from tests.backends.test_fused_attention import over_packed, quantised
 from tests.backends.test_held import POLICIES, heavy, held
+from tests.backends.test_packed import GRIDS, step
 from tests.backends.test_products import NAMES, ROWS, inputs_of
+from tests.backends.test_taken_tokens import biased as by_last
+from tests.backends.test_taken_tokens import chosen
+from tests.backends.test_taken_tokens import inputs as tokens_to_take
 
 PARTS = ("pointwise", "products", "packed", "attention", "bounded", "experts")
 Case: TypeAlias = tuple[Callable[..., Any], tuple[torch.Tensor, ...]]
@@ -134,6 +138,11 @@ def cases(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
             yield f"text_{len(heads)}", bounded(heads, dtype)
         for queries in (1, 4):
             yield f"packed_cache_{queries}", (over_packed, quantised(queries, dtype))
+        for grid in GRIDS:
+            for count in (1, 4):
+                yield f"quantised_cache_{grid}_{count}", called(packed_attention, step(grid, count, dtype))
+        for name, function in (("chosen", chosen), ("chosen_step", by_last)):
+            yield name, (function, tokens_to_take(dtype))
     elif part == "experts":
         for function in (rows_first, biased):
             for count in (1, 3, 71):
