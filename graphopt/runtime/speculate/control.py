@@ -74,7 +74,7 @@ class Goodput:
     for no budget. What is learnt stays for the next sequence.
     """
 
-    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 64) -> None:
+    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 16) -> None:
         self.budgets = tuple(sorted({1, *budgets}))
         self.start, self.share = start, share
         self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}

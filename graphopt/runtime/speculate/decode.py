@@ -19,6 +19,9 @@ from graphopt.runtime.speculate.log import Event, Log
 from graphopt.runtime.speculate.network import Network
 from graphopt.runtime.speculate.tree import Tree
 
+_TOGETHER = 32
+"""Plain steps of which drafter and controller hear at once, at most: their seconds are to follow the machine's."""
+
 
 @dataclass
 class Speculator:
@@ -71,7 +74,7 @@ class Speculator:
                 if not plain:
                     budget = self.controller.budget()
                 if budget == 1:
-                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left), stops, log, stream)
+                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left, _TOGETHER), stops, log, stream)
                 else:
                     new = self._step(cache, sequence[-1], budget, left, stops, log)
                     for token in new:
