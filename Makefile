@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 FUZZ_MINUTES ?= 10
 
-.PHONY: demo test lint docs fuzz mutants convert setup clean
+.PHONY: demo test lint docs tables fuzz mutants convert gpu-packages setup clean
 
 setup: $(VENV)/.ready
 
@@ -47,5 +47,11 @@ convert: setup
 	$(BIN)/python benchmarks/convert.py --shape $(or $(SHAPE),1b) --work $(or $(WORK),out/convert) --estimate \
 		--kills 10 --flap $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
+# What a GPU machine with torch and transformers, but no network, lacks: copy .gpu_packages along, benchmarks/gpu.sh finds it.
+gpu-packages:
+	rm -rf .gpu_packages
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .gpu_packages --only-binary=:all: \
+		--python-version $(or $(GPU_PYTHON),3.12) "pydantic>=2.9"
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) .gpu_packages out build dist *.egg-info

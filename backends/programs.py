@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -87,7 +88,9 @@ def traced(
             )
         graph = specialised(program, dtype, "cpu")
         apart = decompositions() if table is None else dict(table)
-        made = make_fx(graph, decomposition_table=apart, tracing_mode="real")(*arguments)
+        # Composite ops of torch 2.11 take symbolic sizes only in Python.
+        with enable_python_dispatcher():
+            made = make_fx(graph, decomposition_table=apart, tracing_mode="real")(*arguments)
     made.graph.eliminate_dead_code()
     move(made.graph, target)
     names = {found[dim.name].node.expr: sympy.Symbol(dim.name, positive=True, integer=True) for dim in free}

@@ -6,11 +6,11 @@ torch.export keeps in-place ops. Later stages move, remove and repeat nodes, whi
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from graphopt.diagnostics import CaptureError
 from graphopt.frontend.matching import is_op
@@ -91,8 +91,8 @@ def _base(view: fx.Node, bases: dict[fx.Node, fx.Node | None]) -> fx.Node | None
             before = first.meta.get("val")
             if isinstance(before, torch.Tensor) and isinstance(view.meta.get("val"), torch.Tensor):
                 arguments = fx.node.map_arg((view.args, view.kwargs), lambda n: n.meta["val"])
-                # Composite ops of torch 2.11 ask for sizes that only the mode knows.
-                with getattr(before, "fake_mode", None) or nullcontext():
+                # Composite ops of torch 2.11 take symbolic sizes only in Python.
+                with enable_python_dispatcher():
                     after = view.target(*arguments[0], **arguments[1])  # type: ignore[operator]
                 if isinstance(after, torch.Tensor) and _memory(after) == _memory(before):
                     bases[view] = first

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -36,7 +37,7 @@ def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: int = 5)
         sizes = [DimDynamic.DUCK if size == dynamic else DimDynamic.STATIC for size in value.shape]
         context = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"in{position}")))
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, enable_python_dispatcher():
         return make_fx(function, decomposition_table=decompositions(), tracing_mode="real")(*fakes)
 
 
