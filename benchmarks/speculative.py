@@ -129,13 +129,17 @@ def measure(program: Program, budgets: tuple[int, ...], count: int, new: int) ->
         # Each has a drafter of its own, which remembers what it saw, and sees every prompt once.
         ways = {str(rows): (fresh(Fixed(rows)), Total()) for rows in budgets}
         ways[SPEC] = (fresh(), Total())
+        itself: list[float] = []  # What the speed of plain decoding would be, measured as that of a drafter.
         for prompt in texts:
+            again = [timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new))[1] for _ in range(3)]
+            itself.append((again[0] + again[2]) / 2 / again[1])
             for run, total in ways.values():
                 reference, before = timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new)[0])
                 (got, log), own = timed(lambda p=prompt, run=run: run.generate(p, new))
                 _, behind = timed(lambda p=prompt: generate(plain, p[None], max_new_tokens=new))
                 total.add(log, (before + behind) / 2, own, torch.equal(got, reference))
         found[kind] = {way: {"prompts": count, "new": new, **total.figures()} for way, (_, total) in ways.items()}
+        found[kind][SPEC]["plain_to_itself"] = round(statistics.median(itself), 4)
         print(json.dumps({kind: found[kind]}), file=sys.stderr, flush=True)
     return found
 
