@@ -229,8 +229,7 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _value(self, name: str, device: torch.device) -> torch.Tensor:
         if self._program.weights[name].kind != "constant":
             value: torch.Tensor = _find(self, name)
-            # transformers 5.17 leaves buffers in the checkpoint's dtype; the graph reads them in the model's.
-            return value.to(self.dtype) if value.is_floating_point() else value
+            return value
         key = (name, device)
         if key not in self._constants:
             self._constants[key] = self._program.weights.evaluate(name, device=device)

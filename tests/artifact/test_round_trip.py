@@ -37,6 +37,9 @@ def test_every_family_round_trips(captured: Capture, family: str, format: str, t
     assert diff_text(program, again) == ""
     assert torch.equal(logits(again), logits(program))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if family == "gemma2" and format == "transformers":
+        # transformers 5.17 leaves the soft cap out of its fast attention.
+        model.set_attn_implementation("eager")
     assert torch.equal(model(input_ids=IDS).logits, logits(program))
     assert sum(p.numel() for p in model.parameters()) == program.weights.parameters
 
