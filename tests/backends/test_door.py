@@ -127,7 +127,7 @@ def test_report_file(tmp_path: Path) -> None:
         run(torch.randn(2, 8))
     (graph,) = json.loads((tmp_path / "report.json").read_text())
     assert graph["mode"] == "eager library calls"
-    assert graph["library"]["graphopt.backends.direct.linear"] == 1
+    assert graph["library"]["graphopt.backends.library.linear"] == 1
 
 
 def test_wrong_options_are_named() -> None:
