@@ -23,21 +23,15 @@ Written = tuple[str, frozenset[str]]  # Text and the axes that it varies over.
 
 def unpacked(emitter: Emitter, node: fx.Node, indices: Sequence[Index], guard: Index | None) -> Written:
     """One value of what a node unpacks."""
-    first, second = node.args[:2]
-    widths = node.args[2:-1] if node.target is not _OPS.dequantise.default else node.args[3:-1]
-    if not all(isinstance(width, int) for width in widths):
+    *stored, one, other, _ = node.args
+    if not isinstance(one, int) or not isinstance(other, int):
         raise Unfusable("codes of unknown width")
-    one, other = widths
-    rest, place = list(indices[:-1]), indices[-1]
     if node.target is _OPS.dequantise.default:
-        packed, scale, low, bits, group, _ = node.args
-        return on_grid(emitter, (packed, scale, low), bits, group, [*rest, place], guard)  # type: ignore[arg-type]
+        return on_grid(emitter, stored, one, other, list(indices), guard)
+    dtype = node.meta["val"].dtype
     if node.target is _OPS.from_palette.default:
-        text, axes = _code(emitter, first, one, rest, place, guard)
-        code = Index(emitter.line(f"{text}.to(tl.int32)" if one == 8 else text, "code", axes), axes)
-        color = emitter.value(second, [*rest[:-1], quotient(rest[-1], other), code], guard)
-        return color.read(node.meta["val"].dtype), color.axes | axes
-    return _of_few(emitter, node, rest, place, guard)
+        return _of_palette(emitter, stored, one, other, dtype, list(indices), guard)
+    return _of_few(emitter, stored, one, other, dtype, list(indices), guard)
 
 
 def _code(emitter: Emitter, packed: object, bits: int, rest: list[Index], place: Index, guard: Index | None) -> Written:
@@ -71,12 +65,35 @@ def on_grid(
     return text, axes | step.axes | least.axes
 
 
-def _of_few(emitter: Emitter, node: fx.Node, rest: list[Index], place: Index, guard: Index | None) -> Written:
+def _of_palette(
+    emitter: Emitter,
+    stored: Sequence[object],
+    bits: int,
+    rows: int,
+    dtype: torch.dtype,
+    indices: list[Index],
+    guard: Index | None,
+) -> Written:
+    """The value that a code names in the palette of its row."""
+    packed, palette = stored
+    text, axes = _code(emitter, packed, bits, indices[:-1], indices[-1], guard)
+    code = Index(emitter.line(f"{text}.to(tl.int32)" if bits == 8 else text, "code", axes), axes)
+    value = emitter.value(palette, [*indices[:-2], quotient(indices[-2], rows), code], guard)
+    return value.read(dtype), value.axes | axes
+
+
+def _of_few(
+    emitter: Emitter,
+    stored: Sequence[object],
+    kept: int,
+    of: int,
+    dtype: torch.dtype,
+    indices: list[Index],
+    guard: Index | None,
+) -> Written:
     """The sum of those stored values of a group whose place is the one that is asked for."""
-    values, places, kept, of, _ = node.args
-    assert isinstance(kept, int)
-    assert isinstance(of, int)
-    dtype = node.meta["val"].dtype
+    values, places = stored
+    rest, place = indices[:-1], indices[-1]
     first, axes, terms = times(quotient(place, of), kept), place.axes, []
     for number in range(kept):
         entry = add(first, Index(str(number)))
