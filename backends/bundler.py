@@ -146,15 +146,15 @@ def _empty(made: LoweredProgram, sizes: Mapping[str, int]) -> list[torch.Tensor]
     found = []
     for node in program.graph.graph.nodes:
         if "weight" in node.meta:
-            expr = program.weights[node.meta["weight"]].expr
-            shape, kind = expr.shape, expr.dtype
+            name = node.meta["weight"]
+            shape, kind = program.weights[name].expr.shape, program.weights.run_dtype(name, made.dtype)
         elif node.op == "placeholder":
             spec = inputs[node.meta["input"]]
-            shape, kind = tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape), spec.dtype
+            shape = tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape)
+            kind = specialise(spec.dtype, model=program.dtype, target=made.dtype, device="meta")
         else:
             continue
-        dtype = specialise(kind, model=program.dtype, target=made.dtype, device="meta")
-        found.append(torch.empty(shape, dtype=dtype, device="meta"))
+        found.append(torch.empty(shape, dtype=kind, device="meta"))
     return found
 
 

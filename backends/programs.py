@@ -78,14 +78,13 @@ def traced(
             if node.op != "placeholder":
                 continue
             if "weight" in node.meta:
-                expr = program.weights[node.meta["weight"]].expr
-                shape, kind = expr.shape, expr.dtype
+                name = node.meta["weight"]
+                shape, kind = program.weights[name].expr.shape, program.weights.run_dtype(name, dtype)
             else:
                 spec = inputs[node.meta["input"]]
-                shape, kind = tuple(found[s] if isinstance(s, str) else s for s in spec.shape), spec.dtype
-            arguments.append(
-                torch.empty(shape, dtype=specialise(kind, model=program.dtype, target=dtype, device="cpu"))
-            )
+                shape = tuple(found[s] if isinstance(s, str) else s for s in spec.shape)
+                kind = specialise(spec.dtype, model=program.dtype, target=dtype, device="cpu")
+            arguments.append(torch.empty(shape, dtype=kind))
         graph = specialised(program, dtype, "cpu")
         apart = decompositions() if table is None else dict(table)
         # Composite ops of torch 2.11 take symbolic sizes only in Python.

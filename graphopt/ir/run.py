@@ -10,6 +10,7 @@ from torch import fx
 import graphopt.ops  # noqa: F401  (defines torch.ops.graphopt)
 from graphopt.ir.by_expert import lower_banks
 from graphopt.ir.grouped import lower_choices
+from graphopt.ir.narrow import narrowed
 from graphopt.ir.program import Input, Program, specialise
 from graphopt.ops.trees import straight
 
@@ -82,6 +83,7 @@ def _usual(
 
 def specialised(program: Program, target: torch.dtype, device: torch.device | str) -> fx.GraphModule:
     """A copy of the graph whose dtype and device constants fit a run in `target` on `device`."""
+    program = narrowed(program, target)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in program.graph.graph.nodes:

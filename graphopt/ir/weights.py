@@ -123,6 +123,10 @@ class WeightStore:
         weight = self.weights[name]
         return self._finish(weight, weight.expr, dtype, device)
 
+    def run_dtype(self, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
+        """The dtype of what `evaluate` computes: constants stay as they are unless `dtype` is float64."""
+        return _settled(self.weights[name], dtype)
+
     def pieces(
         self, name: str, size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Iterator[torch.Tensor]:
@@ -165,10 +169,7 @@ class WeightStore:
             value = self._compute(expr, dtype if dtype == torch.float64 else torch.float32)
         stored = value.to(expr.dtype) if dtype != torch.float64 or not expr.dtype.is_floating_point else value
         del value
-        if (dtype is not None and stored.dtype.is_floating_point and weight.kind != "constant") or (
-            dtype == torch.float64 and stored.dtype.is_floating_point
-        ):
-            stored = stored.to(dtype)
+        stored = stored.to(_settled(weight, dtype))
         # Products over another memory layout round otherwise: what runs must be laid out as what is saved and loaded.
         stored = stored.contiguous()
         return stored.to(device) if device is not None else stored
@@ -256,3 +257,10 @@ def _count(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+def _settled(weight: Weight, dtype: torch.dtype | None) -> torch.dtype:
+    stored = weight.expr.dtype
+    if dtype is None or not stored.is_floating_point or (weight.kind == "constant" and dtype != torch.float64):
+        return stored
+    return dtype

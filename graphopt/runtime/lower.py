@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.leaving import OF_PROMPT, PROMPT, Leaving, leaving
+from graphopt.ir.narrow import narrowed
 from graphopt.ir.program import Input, Program, specialise
 from graphopt.ops.cached import attend, attend_behind, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
@@ -55,6 +56,7 @@ class Lowered:
     """A program's step as functions, its folded values, and what to compute when a text starts."""
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | str) -> None:
+        program = narrowed(program, dtype)
         self.program, self.dtype, self.device = program, dtype, device
         self.order: list[fx.Node] = list(program.graph.graph.nodes)
         self.leaving = leaving(program)
