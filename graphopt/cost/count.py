@@ -22,6 +22,8 @@ from graphopt.views import Views
 
 ZERO = sympy.Integer(0)
 CORES = (
+    torch.ops.graphopt.admitted_attention.default,
+    torch.ops.graphopt.admitting_attention.default,
     torch.ops.graphopt.attention.default,
     torch.ops.graphopt.bounded_attention.default,
     torch.ops.graphopt.cached_attention.default,
@@ -195,7 +197,11 @@ def _cache(core: fx.Node, fewer: sympy.Expr | None) -> tuple[sympy.Expr, int] | 
 
     `fewer` is how many entries it holds where that does not follow from its shapes.
     """
-    cached = (torch.ops.graphopt.cached_attention.default, torch.ops.graphopt.held_attention.default)
+    cached = (
+        torch.ops.graphopt.admitting_attention.default,
+        torch.ops.graphopt.cached_attention.default,
+        torch.ops.graphopt.held_attention.default,
+    )
     if core.target in cached:
         keys, values = (core.args[i].meta["val"] for i in (3, 4))  # type: ignore[union-attr]
         batch, kv_heads, capacity, head = sizes_of(keys)

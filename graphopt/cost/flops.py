@@ -85,6 +85,12 @@ def _held_attention(node: fx.Node) -> Any:
     return 2 * b * h * s * (c + s) * products
 
 
+def _admitting_attention(node: fx.Node) -> Any:
+    """New queries against all slots of a cache and against each other."""
+    (b, h, s, d), (*_, c, e) = _shape(node.args[0]), _shape(node.args[4])
+    return 2 * b * h * s * (c + s) * (d + e)
+
+
 def _packed_attention(node: fx.Node) -> Any:
     """New queries against all tokens of a quantised cache, as if it were full, and against each other."""
     (b, h, s, d), (*_, e), (_, _, n, *_) = (_shape(node.args[i]) for i in (0, 2, 8))
@@ -154,6 +160,8 @@ _PRODUCTS: dict[Any, Callable[[fx.Node], Any]] = {
     aten.conv3d: _convolution,
     aten._grouped_mm: _grouped,
     aten.scaled_dot_product_attention: _attention,
+    torch.ops.graphopt.admitted_attention: _attention,
+    torch.ops.graphopt.admitting_attention: _admitting_attention,
     torch.ops.graphopt.attention: _attention,
     torch.ops.graphopt.bounded_attention: _attention,
     torch.ops.graphopt.cached_attention: _cached_attention,
@@ -253,6 +261,7 @@ _FREE = {
     torch.ops.graphopt.similarity_scores,
     torch.ops.graphopt.take_tokens,
     torch.ops.graphopt.token_index,
+    torch.ops.graphopt.admit_tokens,
     torch.ops.graphopt.top_tokens,
     torch.ops.graphopt.merge_windows,
     torch.ops.graphopt.window_scores,

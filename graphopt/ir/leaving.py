@@ -64,7 +64,10 @@ class Leaving:
 
 
 def leaving(program: Program) -> Leaving | None:
-    """How tokens of a program's text leave; None when none do. Raises Lost where it cannot be told."""
+    """How tokens of a program's text leave, or are not admitted to caches; None when all stay everywhere.
+
+    Raises Lost where it cannot be told.
+    """
     text = [spec for spec in program.entry.inputs if spec.role == "tokens" and len(spec.shape) == 2]
     if len(text) != 1:
         return None
@@ -74,7 +77,7 @@ def leaving(program: Program) -> Leaving | None:
     for node in program.graph.graph.nodes:
         if packet(node) is ops.token_index and length in size_of(node.meta["val"].shape[1]).free_symbols:
             stages.append(node)
-    if not stages:
+    if not stages and not admitting(program):
         return None
     sizes = [length]
     for stage in stages:
@@ -85,6 +88,11 @@ def leaving(program: Program) -> Leaving | None:
             raise Lost(stage, "leaves as many tokens as come")
     past = max((i for i, stage in enumerate(stages, 1) if stage.args[2:] == (True,)), default=0)
     return Leaving(text[0], tuple(stages), tuple(sizes), _needed(program), _needed(program, False), past)
+
+
+def admitting(program: Program) -> list[fx.Node]:
+    """Attentions that see only tokens which a predictor admits, stateless ones."""
+    return [node for node in program.graph.graph.nodes if node.target is ops.admitted_attention.default]
 
 
 def moves_up(node: fx.Node) -> bool:
@@ -173,6 +181,7 @@ class Prompt:
         self._choose_by(within, found)
         for stage, count in zip(found.stages, self.lengths[1:], strict=True):
             self.behind.append(self._let_stay(stage, count, self.behind[-1], found))
+        self._admit(found)
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         self.last = self.rewriter.call(target, *args, after=self.last)
@@ -213,6 +222,20 @@ class Prompt:
                 if user not in found.needed:
                     self.rewriter.node(user).replace_input_with(self.rewriter.node(node), within)
 
+    def _admit(self, found: Leaving) -> None:
+        """Attentions that see admitted tokens alone see all of the prompt."""
+        made: dict[fx.Node, fx.Node] = {}
+        for core in admitting(self.rewriter.program):
+            admit: fx.Node = core.args[9]  # type: ignore[assignment]
+            if admit not in made:
+                level = found.level(admit.meta["val"].shape[1])
+                if level is None:
+                    raise Lost(core, "admits tokens of which it cannot be told whether they stand behind the prompt")
+                today = self.rewriter.node(admit)
+                inside = self.rewriter.call(aten.logical_not.default, self.behind[level], after=today)
+                made[admit] = self.rewriter.call(aten.masked_fill.Scalar, today, inside, 1, after=inside)
+            self.rewriter.node(core).replace_input_with(self.rewriter.node(admit), made[admit])
+
     def _let_stay(self, stage: fx.Node, count: fx.Node, behind: fx.Node, found: Leaving) -> fx.Node:
         """Let what stands behind the prompt stay at a stage; returns which of its places those have."""
         rewriter, today = self.rewriter, self.rewriter.node(stage)
@@ -231,7 +254,7 @@ class Prompt:
 
 
 def with_prompt(program: Program) -> Program:
-    """The program with its prompt as an input, where tokens leave; the program itself where none do.
+    """The program with its prompt as an input, where that has a say in what leaves or is admitted; else the program itself.
 
     Raises Lost where it cannot be told which nodes choose.
     """
@@ -259,13 +282,18 @@ def hide_past(rewriter: Rewriter, prompt: Prompt, found: Leaving) -> None:
         last = seen[0]
     first = _again(rewriter, seen, prompt.last)
     for node in rewriter.program.graph.graph.nodes:
-        if node.target not in (ops.attention.default, ops.bounded_attention.default, ops.quantised_attention.default):
+        if node.target not in (
+            ops.admitted_attention.default, ops.attention.default, ops.bounded_attention.default,
+            ops.quantised_attention.default,
+        ):  # fmt: skip
             continue
         rows, columns = (found.level(node.args[i].meta["val"].shape[2]) for i in (0, 1))
         if rows is None or rows != columns or rows >= found.past:
             continue
         if node.target is ops.bounded_attention.default:
             raise Lost(node, "has heads that are bounded, and what leaves later shall not be seen in it either")
+        if node.target is ops.admitted_attention.default:
+            raise Lost(node, "admits some tokens alone, and what leaves later shall not be seen in it either")
         if node.target is ops.quantised_attention.default:
             raise Lost(node, "has blocks in few bits, and what leaves later shall not be seen in it either")
         core = rewriter.node(node)
@@ -312,7 +340,8 @@ def _again(rewriter: Rewriter, wanted: list[fx.Node], after: fx.Node) -> list[fx
 def rooms(program: Program) -> dict[str, sympy.Expr]:
     """How long caches are that are shorter than the text, by dimension, in the program's other dimensions.
 
-    Behind stages what has left is missing; quantised ones count whole blocks of tokens.
+    Behind stages what has left is missing; quantised ones count whole blocks of tokens. Those that take admitted tokens
+    alone may have to be as long as the text.
     """
     shapes = {spec.name: spec.shape for spec in program.entry.inputs}
     named: dict[sympy.Expr, sympy.Symbol] = {}
@@ -326,6 +355,9 @@ def rooms(program: Program) -> dict[str, sympy.Expr]:
     for node in program.graph.graph.nodes:
         if node.target is ops.packed_attention.default:
             own[str(shapes[node.args[8].meta["input"]][2])] = sympy.floor(capacity / node.args[18])
+        elif node.target is ops.admitting_attention.default:
+            # As many as there are tokens, at most.
+            own[str(shapes[node.args[5].meta["input"]][2])] = capacity
     if not any(spec.role == PROMPT for spec in program.entry.inputs):
         return own
     for node in program.graph.graph.nodes:

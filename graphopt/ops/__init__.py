@@ -1,5 +1,6 @@
 """Op contracts: the few operations that graphopt adds to aten, each with an eager reference that defines its meaning."""
 
+from graphopt.ops.admitted import admit_tokens, admitted_attention, admitting_attention
 from graphopt.ops.bounded import bounded_attention, heavy_weights, held_attention
 from graphopt.ops.cached import Slots, attend, cached_attention
 from graphopt.ops.library import attention, attention_mask, register, rms_norm, rotary
@@ -21,6 +22,9 @@ from graphopt.ops.tokens import (
 
 __all__ = [
     "Slots",
+    "admit_tokens",
+    "admitted_attention",
+    "admitting_attention",
     "attend",
     "attention",
     "attention_mask",

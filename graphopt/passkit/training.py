@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from graphopt.spec import ScalarError, Strict
+from graphopt.spec import ScalarError, Share, Strict
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -40,6 +40,14 @@ class HeadsLoss(Strict):
     target: Literal["text", "base"] = "text"
 
 
+class KeptLoss(Strict):
+    """The squared distance of the share of tokens that a predictor admits from a wanted one (arXiv 2412.00876)."""
+
+    weight: Weight = 100.0
+    share: Share | None = None
+    """the wanted share; what the step keeps where absent"""
+
+
 class Losses(Strict):
     """Terms whose weighted sum is minimised; a term that is absent counts nothing."""
 
@@ -48,6 +56,7 @@ class Losses(Strict):
     logits: LogitsLoss | None = None
     hidden: HiddenLoss | None = None
     heads: HeadsLoss | None = None
+    kept: KeptLoss | None = None
     gates: Weight = 0.0
     """weight of the mean gate of bounded caches, in 0..1 (DuoAttention, arXiv 2410.10819)"""
 
@@ -61,7 +70,7 @@ class Losses(Strict):
         weights = [
             self.next_token,
             self.gates,
-            *(term.weight for term in (self.logits, self.hidden, self.heads) if term),
+            *(term.weight for term in (self.logits, self.hidden, self.heads, self.kept) if term),
         ]
         if not any(weights):
             raise ScalarError.about("no_loss", "all loss terms have weight 0", help=("write logits: {weight: 1}",))

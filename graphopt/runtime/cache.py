@@ -10,7 +10,11 @@ import torch
 from graphopt.diagnostics import PlanError
 from graphopt.ir.leaving import PROMPT, losing, room
 from graphopt.ir.program import Input, Program, specialise
+from graphopt.runtime.admitted import Admitted
 from graphopt.runtime.held import held_of
+
+ROOM = 16
+"""entries that buffers of admitted tokens grow by, at least"""
 
 
 class Cache:
@@ -20,7 +24,8 @@ class Cache:
     another program, has by the same names are those; `own` says whether there are others. A step of the program writes behind
     them; `commit` keeps what was written. Where tokens leave, caches behind a stage hold `entries[name]` `[B]` and have
     room for what `sizes` (of the program's dimensions, of the prompt P and of pictures I) leave of the capacity. Caches that
-    lose what leaves later become as short when the prompt is committed. Raises PlanError for a program without a cache.
+    lose what leaves later become as short when the prompt is committed; those that take admitted tokens alone are made
+    longer when these need it. Raises PlanError for a program without a cache.
     """
 
     def __init__(
@@ -39,6 +44,12 @@ class Cache:
         given: dict[str, torch.Tensor] = {} if shared is None else shared.buffers
         rooms = room(program, capacity, {"B": batch, **(sizes or {})})
         leaves = [spec.name for spec in program.entry.inputs if spec.role == "entries"]
+        self.held = held_of(program)
+        self._admitting = [held for held in self.held if isinstance(held, Admitted)]
+        growing = {name for held in self._admitting for name in held.buffers}
+        # What a predictor admits is not known ahead: room for the prompt, and more when it is needed.
+        begin = min(capacity, (sizes or {}).get("P", 0) + ROOM)
+        rooms |= {str(s.shape[2]): begin for s in program.entry.inputs if s.name in growing}
         behind = {f"C{stage}": name for stage, name in enumerate(leaves, 1)}
         specs = [spec for spec in program.entry.inputs if spec.role == "cache"]
         alike: dict[tuple[Any, ...], list[str]] = {}
@@ -74,7 +85,6 @@ class Cache:
         if not self.buffers:
             raise PlanError.of("no_cache", "the program has no cache", help=("apply insert_cache to it first",))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.held = held_of(program)
         if self.held and shared is not None:
             raise PlanError.of(
                 "bounded_cache", "bounded heads let entries go, so no other program can share their cache"
@@ -168,12 +178,15 @@ class Cache:
             if path is None:
                 steps = torch.arange(int(counts.max()), device=counts.device)
                 path = torch.where(steps < counts[:, None], steps, -1)
+            for admitting in self._admitting:
+                self._widen(admitting, admitting.need(self.buffers, self._results, self.lengths, path))
             for held in self.held:
                 held.absorb(self.buffers, self._results, self.lengths, path)
-            # A second commit of the same step would take its entries in twice.
-            self._results = {}
         if self.entries:
             self._hold(counts)
+        if self.held and int(counts.max()):
+            # A second commit of the same step would take its entries in twice.
+            self._results = {}
         self.lengths = self.lengths + counts
 
     def _hold(self, counts: torch.Tensor) -> None:
@@ -195,6 +208,20 @@ class Cache:
                 self._swap(place, torch.stack(parts))
         self._least, self._prompt = counts, None
 
+    def _widen(self, admitting: Admitted, need: int) -> None:
+        """Make room for so many entries in buffers of admitted tokens."""
+        size = self.buffers[admitting.buffers[0]].shape[2]
+        if need <= size:
+            return
+        longer = min(self.capacity, max(need + ROOM, size * 5 // 4))
+        for name in admitting.buffers:
+            old = self.buffers[name]
+            new = old.new_full((*old.shape[:2], longer, *old.shape[3:]), -1 if old.dtype == torch.int64 else 0)
+            new[:, :, :size] = old
+            self.buffers[name] = new
+            for given in self.given.values():
+                given[:] = [new if value is old else value for value in given]
+
     def _swap(self, place: int, block: torch.Tensor) -> None:
         """Let buffers be slices of another block, in what steps are given as well."""
         self._growing[place] = (block, self._growing[place][1])
@@ -212,12 +239,15 @@ class Cache:
         if bool((wanted > self.lengths).any()) or bool((wanted < 0).any()):
             raise ValueError(f"rows hold {self.lengths.tolist()} entries, and cannot be cut to {wanted.tolist()}")
         if self.held and bool((wanted != self.lengths).any()):
-            if bool(wanted.any()):
+            if bool(wanted.any()) and len(self._admitting) < len(self.held):
                 raise ValueError(
                     "bounded heads have let entries go, and cannot go back: truncate to 0, or do not commit"
                 )
             for held in self.held:
-                held.clear(self.buffers)
+                if isinstance(held, Admitted):
+                    held.forget(self.buffers, wanted)
+                else:
+                    held.clear(self.buffers)
         if self.entries:
             none = wanted == 0
             if bool(((wanted < self._least) & ~none).any()) or (bool(none.any()) and not bool(none.all())):

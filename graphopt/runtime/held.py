@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.ops import heavy_weights, held_attention, packed_attention
+from graphopt.ops import admitting_attention, heavy_weights, held_attention, packed_attention
 from graphopt.ops.bounded import drop, held_places
+from graphopt.runtime.admitted import Admitted
 from graphopt.runtime.packed import Packed
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,6 +30,11 @@ class Held:
     recent: int
     compensate: bool
     heavy: bool
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """What the names of its results begin with."""
+        return (self.stem,)
 
     def absorb(self, buffers: Tensors, results: Tensors, lengths: torch.Tensor, path: torch.Tensor) -> None:
         """Take in entries `path` `[B, N]` of the last step (-1 behind the last) behind `lengths` `[B]` tokens, in place.
@@ -116,9 +122,10 @@ class Held:
             buffers[f"{self.stem}_held_mass"].zero_()
 
 
-def held_of(program: Program) -> tuple[Held | Packed, ...]:
-    """The bounded and the quantised attentions of a program with a cache, in graph order."""
-    found: list[Held | Packed] = []
+def held_of(program: Program) -> tuple[Held | Packed | Admitted, ...]:
+    """The bounded, the quantised and the admitting attentions of a program with a cache, in graph order."""
+    found: list[Held | Packed | Admitted] = []
+    together: dict[fx.Node, list[str]] = {}
     for node in program.graph.graph.nodes:
         if node.target is held_attention:
             weights, (sink, recent, compensate) = node.args[8], node.args[13:16]
@@ -130,7 +137,9 @@ def held_of(program: Program) -> tuple[Held | Packed, ...]:
         elif node.target is packed_attention:
             stem = node.args[3].meta["input"].removesuffix("_held_keys")
             found.append(Packed(stem, *node.args[17:19]))
-    return tuple(found)
+        elif node.target is admitting_attention:
+            together.setdefault(node.args[5], []).append(node.args[3].meta["input"].removesuffix("_held_keys"))
+    return (*found, *(Admitted(tuple(stems)) for stems in together.values()))
 
 
 def _beside(entries: torch.Tensor, count: int) -> tuple[int, int, int]:

@@ -26,6 +26,11 @@ class Packed:
     group: int
     heavy: bool = False
 
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """What the names of its results begin with."""
+        return (self.stem,)
+
     def absorb(self, buffers: Tensors, results: Tensors, lengths: torch.Tensor, path: torch.Tensor) -> None:
         """Take in entries `path` `[B, n]` of the last step (-1 behind the last) behind `lengths` `[B]` tokens, in place."""
         counts = (path >= 0).sum(-1)

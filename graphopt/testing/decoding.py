@@ -55,7 +55,7 @@ def compare(cached: Program, plain: Program, bound: float) -> None:
     # Draft heads that read the tokens to come are the drafter's affair: it runs them by themselves. What bounded heads
     # take in is the cache's.
     first, *rest = cached.entry.outputs
-    taken = tuple(f"{held.stem}_new_" for held in held_of(cached))
+    taken = tuple(f"{stem}_new_" for held in held_of(cached) for stem in held.stems)
     taken = (*taken, *OF_PROMPT)
     decoder = Decoder(extract(cached, [first, *(name for name in rest if name.startswith(taken))]), torch.float64)
     choosing = with_prompt(plain)

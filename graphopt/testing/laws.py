@@ -388,6 +388,13 @@ def _held_flops(q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_
     return whole * v[3] // (q[3] + v[3]) if known else whole
 
 
+def _admitting_flops(
+    q: Any, k: Any, v: Any, keys: Any, values: Any, *rest: Any, out_shape: Any = None, **g: Any
+) -> int:
+    both = [(*new[:2], new[2] + old[2], new[3]) for new, old in ((k, keys), (v, values))]
+    return int(sdpa_flop_count(q, *both))
+
+
 def _packed_flops(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **given: Any) -> int:
     tokens = rest[5][2] * rest[15] + k[2]
     return int(sdpa_flop_count(q, (*k[:2], tokens, k[3]), (*v[:2], tokens, v[3])))
@@ -409,6 +416,8 @@ _FLOPS = {
     torch.ops.graphopt.received_attention: _received_flops,
     torch.ops.graphopt.merge_tokens: _merged_flops,
     torch.ops.graphopt.pair_scores: _merged_flops,
+    torch.ops.graphopt.admitted_attention: _attention_flops,
+    torch.ops.graphopt.admitting_attention: _admitting_flops,
     torch.ops.graphopt.attention: _attention_flops,
     torch.ops.graphopt.bounded_attention: _attention_flops,
     torch.ops.graphopt.held_attention: _held_flops,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.diagnostics import PlanError, did_you_mean
+from graphopt.ir.leaving import admitting
 from graphopt.ir.program import Program
-from graphopt.passkit.training import HeadsLoss, HiddenLoss, LogitsLoss, Losses
+from graphopt.passkit.training import HeadsLoss, HiddenLoss, KeptLoss, LogitsLoss, Losses
 from graphopt.train.data import IGNORED
 from graphopt.views import Views
 
@@ -128,6 +129,26 @@ class GateSize(Term):
         return torch.stack([student[name].abs().mean() for name in self.student]).mean()
 
 
+@dataclass(frozen=True)
+class KeptShare(Term):
+    """(admitted share - wanted share)^2, mean over predictors (Dynamic-LLaVA, arXiv 2412.00876)."""
+
+    weight: float
+    student: tuple[str, ...]
+    share: float
+    teacher: tuple[str, ...] = ()
+    name: str = "kept"
+
+    def __call__(self, ids: torch.Tensor, student: Values, teacher: Values) -> torch.Tensor:
+        """For each predictor which tokens it admits, with a gradient, and which it is not asked about, `[B, S]`."""
+        errors = []
+        for admit, unasked in zip(self.student[::2], self.student[1::2], strict=True):
+            asked = (~student[unasked]).to(student[admit].dtype)
+            kept = (student[admit] * asked).sum() / asked.sum().clamp_min(1)
+            errors.append((kept - self.share).square())
+        return torch.stack(errors).mean()
+
+
 def terms_of(losses: Losses, student: Program, teacher: Program | None) -> tuple[Term, ...]:
     """The terms that a spec names, bound to nodes of two programs; raises PlanError when they do not fit."""
     if losses.needs_teacher and teacher is None:
@@ -142,6 +163,8 @@ def terms_of(losses: Losses, student: Program, teacher: Program | None) -> tuple
         found.append(_hidden(losses.hidden, student, teacher))
     if losses.heads is not None:
         found.append(_heads(losses.heads, student))
+    if losses.kept is not None:
+        found.append(_kept(losses.kept, student))
     if losses.gates:
         found.append(_gates(losses.gates, student))
     return tuple(term for term in found if term.weight)
@@ -187,6 +210,15 @@ def _gates(weight: float, student: Program) -> Term:
     if not names:
         raise PlanError.of("no_gates", "the program has no gates to train", help=("put learn_gates before it",))
     return GateSize(weight, tuple(names))
+
+
+def _kept(loss: KeptLoss, student: Program) -> Term:
+    decided = dict.fromkeys(core.args[9] for core in admitting(student))
+    if not decided or loss.share is None:
+        missing = "no predictor that admits tokens" if not decided else "no share that shall be kept"
+        raise PlanError.of("no_predictor", f"the program has {missing}", help=("train in drop_tokens, span: answer",))
+    names = [side.name for node in decided for side in node.args[:2]]  # type: ignore[union-attr]
+    return KeptShare(loss.weight, tuple(names), float(loss.share.fraction))
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,11 @@ from graphopt.views.trace import (
 )
 
 aten = torch.ops.aten
+HELD = (
+    torch.ops.graphopt.admitting_attention.default,
+    torch.ops.graphopt.held_attention.default,
+    torch.ops.graphopt.packed_attention.default,
+)
 _PRODUCTS = (aten.matmul, aten.bmm, aten.einsum)
 _UNCHANGED = (aten.to, aten.view, aten.reshape, aten.clone, aten.masked_fill, aten.slice, aten.mul, aten.transpose)
 
@@ -30,6 +35,8 @@ def attention_cores(program: Program) -> tuple[fx.Node, ...]:
     """The attention ops of a program, in graph order."""
     ops = torch.ops.graphopt
     targets = (
+        ops.admitted_attention.default,
+        ops.admitting_attention.default,
         ops.attention.default,
         ops.bounded_attention.default,
         ops.cached_attention.default,
@@ -75,7 +82,7 @@ def find_attentions(
     found = []
     for node in cores:
         cached = node.target is torch.ops.graphopt.cached_attention.default
-        held = node.target in (torch.ops.graphopt.held_attention.default, torch.ops.graphopt.packed_attention.default)
+        held = node.target in HELD
         q, k, v = node.args[:3]
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)

@@ -221,9 +221,10 @@ class Labels(RoutingRules):
         q, k, v = node.args[:3]
         cached = node.target is torch.ops.graphopt.cached_attention.default
         packed = node.target is torch.ops.graphopt.packed_attention.default
-        held = packed or node.target is torch.ops.graphopt.held_attention.default
+        admitting = node.target is torch.ops.graphopt.admitting_attention.default
+        held = packed or admitting or node.target is torch.ops.graphopt.held_attention.default
         mask, sinks = node.args[8:10] if cached or held else node.args[3:5]
-        mask, sinks = None if held else mask, node.args[14] if packed else sinks
+        mask, sinks = None if held else mask, node.args[14] if packed else node.args[8] if admitting else sinks
         aq, ak, av = self.of(q), self.of(k), self.of(v)  # type: ignore[arg-type]
         where = f"attention at %{node.name}"
         unify(ak[1], av[1], where)
@@ -372,6 +373,8 @@ def _table() -> dict[Any, str]:
         "_rms_norm": [torch.ops.graphopt.rms_norm],
         "_rotary": [torch.ops.graphopt.rotary],
         "_attention": [
+            torch.ops.graphopt.admitted_attention,
+            torch.ops.graphopt.admitting_attention,
             torch.ops.graphopt.attention,
             torch.ops.graphopt.bounded_attention,
             torch.ops.graphopt.cached_attention,
@@ -386,6 +389,7 @@ def _table() -> dict[Any, str]:
             torch.ops.graphopt.received_attention,
             torch.ops.graphopt.similarity_scores,
             torch.ops.graphopt.token_index,
+            torch.ops.graphopt.admit_tokens,
             torch.ops.graphopt.top_tokens,
             torch.ops.graphopt.window_scores,
         ],

@@ -41,7 +41,7 @@ _SHAPED = {
     aten.new_ones,
     aten.new_full,
 }
-_CHOICE = torch.ops.graphopt.top_tokens.default
+_CHOICES = (torch.ops.graphopt.admit_tokens.default, torch.ops.graphopt.top_tokens.default)
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.convolution}
 _RECURRENCES = {aten.cumsum, aten.cumprod, aten.tril, aten.triu, aten.einsum, aten.bmm, aten.matmul, aten.logcumsumexp}
 
@@ -98,7 +98,7 @@ def stream(program: Program, start: fx.Node) -> tuple[tuple[fx.Node, ...], set[f
     forward = reachable([start], lambda n: n.users)
     # Sizes are read off one tensor and used at another, and tokens are chosen by scores: no value passes there.
     back = reachable([result], lambda n: n.all_input_nodes)
-    both = {n for n in back if n in forward and not _is_size(n) and n.target is not _CHOICE}
+    both = {n for n in back if n in forward and not _is_size(n) and n.target not in _CHOICES}
     if shaped := {n for n in both if getattr(n.target, "overloadpacket", None) in _SHAPED and n is not start}:
         # Tensors that take a shape alone: what passes through them, and nowhere else, is no value of the stream.
         both = {n for n in reachable([start], lambda n: n.users if n not in shaped else ()) if n in both - shaped}

@@ -148,6 +148,8 @@ def fits(program: Program, attention: Attention, done: str = "bounded") -> str |
         return "its cache is quantised already"
     if done != "bounded" and core.target is ops.bounded_attention.default:
         return "its heads are bounded, or have gates"
+    if core.target is ops.admitted_attention.default:
+        return "its cache takes admitted tokens alone"
     if core.target not in (ops.attention.default, ops.bounded_attention.default):
         return "it has a cache already"
     if attention.cross:

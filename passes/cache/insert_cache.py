@@ -29,7 +29,8 @@ class InsertCache(Pass):
 
     Where tokens leave a text (drop_tokens, merge_tokens), the first step takes the whole prompt, an input says which of
     its tokens are real, and what leaves is chosen there once and for all: later layers have shorter buffers, and results
-    say how many entries of each row they have got. Pictures stand in the prompt.
+    say how many entries of each row they have got. Pictures stand in the prompt. Caches of layers to which a predictor
+    admits tokens (drop_tokens with `span: answer`) hold the prompt and what was admitted behind it, and grow with that.
 
     A model whose tokens meet outside of causal attention (convolutions over time, state spaces, token shift) is
     declined with the name of the node. So is one whose bias has no proven meaning at a cached step. Put passes that
@@ -100,7 +101,8 @@ class InsertCache(Pass):
         return Plan(tuple(edits), tuple(declines))
 
     def _slot(self, index: int, attention: Attention, sequence: Sequence) -> Slot:
-        from graphopt.ops import bounded_attention
+        from graphopt.ops import admitted_attention, bounded_attention
+        from graphopt.passes.cache.admitted import AdmittedSlot
         from graphopt.passes.cache.held import held_slot
         from graphopt.passes.cache.packed import PackedSlot, is_quantised
         from graphopt.passes.cache.slots import Slot
@@ -118,6 +120,8 @@ class InsertCache(Pass):
         core, window, mask = attention.core, attention.core.args[7], attention.core.args[3]
         if is_quantised(core):
             return PackedSlot.of(slot, core)
+        if core.target is admitted_attention:
+            return AdmittedSlot(**vars(slot))
         computed = mask is not None and mask.meta["val"].dim() != 2  # type: ignore[union-attr]
         ring = self.windows == "ring" and window is not None and not computed
         return held_slot(slot, core) if ring or core.target is bounded_attention else slot
@@ -156,10 +160,12 @@ class InsertCache(Pass):
 
     def _unfit_past(self, attention: Attention, sequence: Sequence) -> str | None:
         """Why an attention whose cache loses what leaves later cannot be cached."""
-        from graphopt.ops import bounded_attention
+        from graphopt.ops import admitted_attention, bounded_attention
         from graphopt.passes.cache.packed import is_quantised
 
         core, mask = attention.core, attention.core.args[3]
+        if core.target is admitted_attention:
+            return "what leaves later leaves its cache, and it admits only some tokens"
         if core.target is bounded_attention:
             return "what leaves later leaves its cache, and its heads are bounded"
         if is_quantised(core):

@@ -20,6 +20,7 @@ from graphopt.ir.program import Input, Program
 
 aten = torch.ops.aten
 CORES = (
+    torch.ops.graphopt.admitted_attention.default,
     torch.ops.graphopt.attention.default,
     torch.ops.graphopt.bounded_attention.default,
     torch.ops.graphopt.quantised_attention.default,
@@ -35,6 +36,7 @@ _BY_ROW = {
     aten.unflatten, aten.unsqueeze, aten.view, aten.view_as, aten._unsafe_view, aten.view_as_complex,
     aten.view_as_real, aten.where, aten.zeros_like, aten.rand_like, aten.sym_size, aten.scalar_tensor, aten.full,
     aten.zeros, aten.ones, aten.arange, torch.ops.graphopt.rotary, operator.getitem,
+    torch.ops.graphopt.admit_tokens,
 }  # fmt: skip
 _ALONG_DIM = {
     aten.amax, aten.amin, aten.all, aten.any, aten.argmax, aten.argmin, aten.argsort, aten.cat, aten.chunk, aten.cummax,

@@ -31,7 +31,7 @@ class TokenPass(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED, Fact.KV_CACHED})
     adds: ClassVar[frozenset[Fact]] = frozenset({Fact.TOKENS_DROPPED})
 
-    span: Literal["patches", "image", "text"]
+    span: Literal["patches", "image", "text", "answer"]
     """the tokens that may leave"""
     layers: Layers
     """the layers in front of which they leave, counted in the stack of the span"""

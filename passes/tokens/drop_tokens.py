@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from graphopt.passes.tokens.base import TokenPass
-from graphopt.passes.tokens.options import Attention, Norm, Predictor, Score
+from graphopt.passes.tokens.options import Attention, Kept, Norm, Predictor, Score
 from graphopt.passkit.base import Context
-from graphopt.passkit.training import Losses, Recipe, Training
-from graphopt.spec.scalars import ScalarError
+from graphopt.passkit.training import KeptLoss, Losses, Recipe, Training
+from graphopt.spec import Percent, ScalarError
 
 if TYPE_CHECKING:
+    from graphopt.passes.tokens.admit import Admit
     from graphopt.passes.tokens.span import Span
     from graphopt.passes.tokens.stage import Selection, Stage
     from graphopt.passkit.edits import Edit, Plan, Train
@@ -43,6 +45,13 @@ class DropTokens(TokenPass):
     behind it leaves. That holds with a cache (insert_cache), whose later layers hold as much less, and without one. With
     `past: drop` words behind the prompt see in no layer what the last stage does not leave, so that the caches of all
     layers in front of it lose that as well, when the prompt has run (the decode stage of MustDrop, arXiv 2411.10803).
+
+    `span: answer` is about the words behind a prompt, and about what caches hold (Dynamic-LLaVA, arXiv 2412.00876). A
+    predictor in front of one layer decides about each by its own vector. From that layer on a word that it does not admit
+    is seen by itself and by no later word, so that caches there (insert_cache) need not hold it; it is computed in all
+    layers, and no place changes. `keep` is the share that training aims at, by `loss: {kept: {weight: 100}}` unless it
+    says another weight; how much is admitted is what the text makes of it. The prompt is admitted whole. Where none is
+    given, in training and when a whole text is run, all words are judged. Tokens that stand for pictures are not.
 
     ```yaml
     - use: drop_tokens
@@ -75,6 +84,8 @@ class DropTokens(TokenPass):
         for field in ("first", "last"):
             if field in self.model_fields_set and self.span != "text":
                 raise ScalarError.about("unread", f"drop_tokens reads {field} only with span: text")
+        if self.span == "answer":
+            self._admits()
         if isinstance(self.score, Attention):
             wrong = {"class": self.span != "patches", "last": self.span == "patches", "text": self.span != "image"}
             if wrong.get(self.score.of, False):
@@ -85,6 +96,21 @@ class DropTokens(TokenPass):
         if self.span == "text" and any(isinstance(amount.value, int) for amount in amounts):
             raise ScalarError.about("bad_unit", "texts differ in length: keep a share of their tokens, such as 50%")
         return self
+
+    def _admits(self) -> None:
+        """Raise ScalarError for what an answer has no use for."""
+        if not isinstance(self.score, Predictor):
+            raise ScalarError.about(
+                "unread",
+                "words of an answer come one by one: a predictor decides about each",
+                help=("score: predictor",),
+            )
+        if not isinstance(self.keep, Kept) or not isinstance(self.keep.value, Percent):
+            raise ScalarError.about("bad_unit", "of an answer one share is kept, such as keep: 50%")
+        plain = {"action": "drop", "positions": "keep", "past": "keep"}
+        for field, value in plain.items():
+            if getattr(self, field) != value:
+                raise ScalarError.about("unread", f"an answer knows {field}: {value} alone")
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -118,18 +144,29 @@ class DropTokens(TokenPass):
         """An edit for each chosen layer, a decline for every other one; none at all where tokens cannot be followed."""
         from graphopt.passkit.edits import Plan
 
-        stages, declines = self.stages(context)
+        stages: Sequence[Stage | Admit]
+        if self.span == "answer":
+            from graphopt.passes.tokens.admit import admits
+
+            assert isinstance(self.score, Predictor)
+            assert isinstance(self.keep, Kept)
+            stages, declines = admits(context, self.layers, self.score, self.keep)
+        else:
+            stages, declines = self.stages(context)
         edits: tuple[Edit, ...] = tuple(stages)
         if stages and self.learns and self.recipe is not None:
             edits = (*edits, self._training(context, stages, self.recipe))
         return Plan(edits, tuple(declines))
 
-    def _training(self, context: Context, stages: list[Stage], recipe: Recipe) -> Train:
+    def _training(self, context: Context, stages: Sequence[Stage | Admit], recipe: Recipe) -> Train:
         """The predictors alone are trained."""
         from graphopt.passkit.edits import Train, apply_edits
 
         after = apply_edits(context.program, context.views, tuple(stages))
-        names = tuple(name for stage in stages for name in stage.weights)
-        teacher = self.teacher if self.loss.needs_teacher else None
+        names = tuple(dict.fromkeys(name for stage in stages for name in stage.weights))
+        loss, teacher = self.loss, self.teacher if self.loss.needs_teacher else None
+        if self.span == "answer" and isinstance(self.keep, Kept) and isinstance(self.keep.value, Percent):
+            kept = loss.kept or KeptLoss()
+            loss = loss.model_copy(update={"kept": kept.model_copy(update={"share": kept.share or self.keep.value})})
         parameters = sum(prod(after.weights[name].expr.shape) for name in names)
-        return Train(Training(names, self.loss, recipe, teacher=teacher), parameters)
+        return Train(Training(names, loss, recipe, teacher=teacher), parameters)

@@ -42,6 +42,10 @@ class MergeTokens(TokenPass):
 
     @model_validator(mode="after")
     def _fits(self) -> MergeTokens:
+        if self.span == "answer":
+            raise ScalarError.about(
+                "unread", "words of an answer are admitted to caches or not", help=("use drop_tokens",)
+            )
         if isinstance(self.by, Windows) and self.span != "patches":
             raise ScalarError.about("unread", f"span: {self.span} has no grid of windows", help=("use by: pairs",))
         amounts = self.keep if isinstance(self.keep, tuple) else (self.keep,)

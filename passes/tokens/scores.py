@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from graphopt.ir.follow import At, Lost, follow, rank
+from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Const
 from graphopt.passes.tokens.options import Attention, Norm, Pairs, Predictor, Random, Windows
 
@@ -46,16 +48,28 @@ def score_of(walk: Walk, stage: Stage, x: fx.Node, span: fx.Node, real: fx.Node)
 def predicted(walk: Walk, stage: Stage, score: Predictor, x: fx.Node) -> fx.Node:
     """What a stage's own network says of each token `[B, S]`."""
     value = walk.views.program.nodes[walk.span.blocks[stage.layer].entry.name].meta["val"]
+    return network(walk.call, walk.rewriter, stage.weights, score, value, x)
+
+
+def network(
+    call: Callable[..., fx.Node],
+    rewriter: Rewriter,
+    names: tuple[str, ...],
+    score: Predictor,
+    value: torch.Tensor,
+    x: fx.Node,
+) -> fx.Node:
+    """A new network's number for each token `[B, S]` of `x`, which is like `value`; `names` are its weights'."""
     generator = torch.Generator().manual_seed(score.seed)
     width, dtype = int(value.shape[-1]), value.dtype
     shapes = ((score.width, width), (score.width,), (1, score.width))
     made = []
-    for name, shape in zip(stage.weights, shapes, strict=True):
+    for name, shape in zip(names, shapes, strict=True):
         tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.zeros(shape)
-        made.append(walk.rewriter.add_weight(name, Const(tensor, dtype)))
+        made.append(rewriter.add_weight(name, Const(tensor, dtype)))
     up, bias, down = made
-    hidden = walk.call(aten.gelu.default, walk.call(aten.linear.default, x, up, bias))
-    return walk.call(aten.squeeze.dim, walk.call(aten.linear.default, hidden, down), -1)
+    hidden = call(aten.gelu.default, call(aten.linear.default, x, up, bias))
+    return call(aten.squeeze.dim, call(aten.linear.default, hidden, down), -1)
 
 
 def presence(walk: Walk, score: fx.Node, span: fx.Node) -> fx.Node:

@@ -16,7 +16,10 @@ from graphopt.testing.lowering import CONTRACTS, DTYPES
 
 OPS = list(CONTRACTS)
 # Their meaning is a policy over a whole text, and tests/cache holds their two forms to each other.
-ELSEWHERE = {"bounded_attention", "held_attention", "heavy_weights", "packed_attention", "quantised_attention"}
+ELSEWHERE = {
+    "admitted_attention", "admitting_attention", "bounded_attention", "held_attention", "heavy_weights",
+    "packed_attention", "quantised_attention",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from graphopt.ops import (
+    admit_tokens,
     merge_tokens,
     merge_windows,
     pair_scores,
@@ -44,6 +45,14 @@ def _top_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
         score = random(batch, length).mul(2).round() if draw(st.booleans()) else random(batch, length)
         keep = draw(st.lists(st.integers(0, length + 1), min_size=batch, max_size=batch))
         return Sample((score, _some(random, batch, length), torch.tensor(keep)))
+
+    return samples()
+
+
+def _admit_samples(dtype: torch.dtype) -> st.SearchStrategy[Sample]:
+    @st.composite
+    def samples(draw: st.DrawFn) -> Sample:
+        return Sample((Numbers(draw, dtype)(draw(BATCHES), draw(st.sampled_from(LENGTHS))),))
 
     return samples()
 
@@ -193,6 +202,10 @@ def _top_reference(score: torch.Tensor, span: torch.Tensor, keep: torch.Tensor) 
     return stays
 
 
+def _admit_reference(score: torch.Tensor) -> torch.Tensor:
+    return (score > 0).double()
+
+
 def _index_reference(keep: torch.Tensor, places: int) -> torch.Tensor:
     rows = [[*row.nonzero().flatten().tolist(), *(~row).nonzero().flatten().tolist()][:places] for row in keep]
     return torch.tensor(rows, dtype=torch.int64).reshape(keep.shape[0], places)
@@ -333,6 +346,7 @@ def _random_reference(anchor: torch.Tensor, seed: int) -> torch.Tensor:
 
 TOKENS = (
     Contract(top_tokens, _top_samples, _top_reference),
+    Contract(admit_tokens, _admit_samples, _admit_reference),
     Contract(token_index, _index_samples, _index_reference),
     Contract(take_tokens, _take_samples, _take_reference),
     Contract(put_tokens, _put_samples, _put_reference),
