@@ -159,7 +159,9 @@ def test_an_unsure_chain_stops_behind_the_unsure_token() -> None:
         propose = drafter.propose
         drafter.propose = lambda root, budget, p=propose, t=trees: t.append(p(root, budget)) or t[-1]  # type: ignore
         Speculator(decoder("llama"), drafter, Fixed(9)).generate(PROMPT, 9)
-        assert {len(tree) for tree in trees} == {length + 1}
+        # The last tree has no more nodes than tokens are left.
+        assert {len(tree) for tree in trees[:-1]} == {length + 1}
+        assert len(trees[-1]) <= length + 1
 
 
 def test_the_search_never_forgets_a_better_set_and_is_a_function_of_the_seed() -> None:
@@ -191,8 +193,8 @@ def test_drawn_siblings_are_distinct_and_q_is_what_they_were_drawn_from() -> Non
         trees: list[Tree] = []
         propose = drafter.propose
         drafter.propose = lambda root, budget, p=propose, t=trees: t.append(p(root, budget)) or t[-1]  # type: ignore
-        Speculator(run, drafter, Fixed(13)).generate(PROMPT, 6)
-        for tree in trees:
+        Speculator(run, drafter, Fixed(13)).generate(PROMPT, 20)
+        for tree in trees[:3]:
             assert tree.q is not None
             assert len(tree) == (13 if mode == "constant" else 7)
             for node, children in enumerate(tree.children):

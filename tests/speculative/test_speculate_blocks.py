@@ -246,6 +246,17 @@ def test_goodput_tries_a_drafter_that_takes_twice_what_it_gives_only_once() -> N
     assert tried == 1
 
 
+def test_goodput_tries_hopeless_budgets_ever_less_often_and_doubtful_ones_as_before() -> None:
+    tried = {}
+    for seconds in (1.9, 6.0):
+        used, _ = steps(Goodput((4,)), 20000, {}, {4: seconds})
+        doubtful, _ = steps(Goodput((64,)), 20000, {}, {64: seconds})
+        tried[seconds] = used.count(4), doubtful.count(64)
+    # A step of 64 rows may give so much that a few that gave nothing prove little; in the end they do.
+    assert tried[1.9][0] < tried[1.9][1] < 20000 * 0.005 / 0.9 + 4
+    assert tried[6.0][0] < 20000 * 0.005 / 5 / 2
+
+
 def test_goodput_judges_a_drafter_that_seldom_drafts_by_its_drafts() -> None:
     control, used = Goodput((4,)), list[int]()
     for step in range(400):

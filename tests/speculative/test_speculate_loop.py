@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
 from graphopt.runtime import generate
 from graphopt.runtime.cache import Cache
+from graphopt.runtime.decoder import Decoder
 from graphopt.runtime.speculate import Fixed, Rows, Speculator, Tree
 from tests.speculative.models import Guesser, decoder
 from tests.tiny import program, tokens
@@ -93,7 +97,7 @@ def test_a_budget_of_one_asks_no_drafter_and_is_plain_decoding() -> None:
             super().observe(rows, path)
             assert path == tuple(range(len(path)))
             self.told += rows.token
-            assert rows.logits.argmax(-1)[:-1].tolist() == list(rows.token[1:])
+            assert rows.first == len(path) - 1
             assert torch.equal(rows.of("logits", len(path) - 1), rows.outputs["logits"][-1])
 
         told: tuple[int, ...] = ()
@@ -114,10 +118,36 @@ def test_of_plain_steps_in_a_row_only_the_results_that_a_drafter_reads_are_kept(
     class Late(Guesser):
         reads = 3
 
-    drafter = Late([])
-    got, _ = Speculator(decoder("gpt2"), drafter, Fixed(1)).generate(PROMPT, 9)
-    ((rows, path),) = drafter.seen
-    assert len(path) == len(rows.token) == 8
-    assert rows.first == 5
-    assert rows.logits.argmax(-1).tolist() == got.tolist()[-3:]
-    assert int(rows.of("logits", 6).argmax()) == got.tolist()[-2]
+    @dataclass(frozen=True)
+    class Resting(Fixed):
+        steps: int
+
+        def pause(self) -> int:
+            return self.steps
+
+    for pause, first in ((8, 5), (9, 6), (10, 7), (1000, 7)):
+        drafter = Late([])
+        got, _ = Speculator(decoder("gpt2"), drafter, Resting(4, pause)).generate(PROMPT, 9)
+        ((rows, path),) = drafter.seen
+        assert len(path) == len(rows.token) == 8
+        assert rows.first == first
+        assert rows.logits.argmax(-1).tolist() == got.tolist()[first - 8 :]
+        assert int(rows.of("logits", 7).argmax()) == got.tolist()[-1]
+
+
+def test_the_cache_is_as_large_as_that_of_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, asked, true = plain("llama", 24), list[int](), Decoder.cache
+
+    def cache(self: Decoder, batch: int, capacity: int, **options: Any) -> Cache:
+        asked.append(capacity)
+        return true(self, batch, capacity, **options)
+
+    monkeypatch.setattr(Decoder, "cache", cache)
+    generate(decoder("llama"), PROMPT[None], max_new_tokens=24)
+    got, log = Speculator(decoder("llama"), Guesser(wanted), Fixed(9)).generate(PROMPT, 24)
+    assert asked == [29, 29]
+    assert got.tolist() == wanted
+    left = 23
+    for event in log.steps:
+        assert event.rows <= left
+        left -= event.emitted

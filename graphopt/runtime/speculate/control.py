@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from graphopt.runtime.speculate.log import Event
 
 _PAUSE = 4
 """Steps with drafts behind a trial that was too dear before the next one is thought of: thinking, too, takes time."""
+_LEAST = 5
+"""By how much a row of hopeless trials may divide what the purse gains."""
+_RECENT = 16
+"""Steps whose seconds count: fewer than those whose tokens do, as a machine changes its speed sooner than a text."""
 _ALWAYS = 1 << 30
 
 
 class Controller(Protocol):
     """Chooses a budget before each step from what the steps before it told. It never changes what is emitted.
 
-    `most` is the largest budget that it may choose. Before each step `pause` is asked, and `budget` when it gave none.
+    Before each step `pause` is asked, and `budget` when it gave none. A step has fewer rows where fewer tokens are left.
     """
-
-    @property
-    def most(self) -> int:
-        """The largest budget."""
-        ...
 
     def pause(self) -> int:
         """Plain steps that come next whatever they tell: fewer may come, at once told of."""
@@ -44,11 +44,6 @@ class Fixed:
 
     rows: int
 
-    @property
-    def most(self) -> int:
-        """The rows."""
-        return self.rows
-
     def pause(self) -> int:
         """Forever when one row is all, else never."""
         return _ALWAYS if self.rows == 1 else 0
@@ -64,17 +59,19 @@ class Fixed:
 class Goodput:
     """Takes the budget that emits most tokens a second (after SmartSpec, arXiv 2406.14066), and bounds what trials cost.
 
-    Seconds and tokens of each budget are means over its last `memory` steps. The best budget runs; another one gets a
+    Tokens of each budget are means over its last `memory` steps, seconds over fewer. The best budget runs; another one gets a
     step when what the step is expected to lose to the best is in the purse. The purse begins with `start` plain steps,
     gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of the time
-    and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. The
+    and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. A
+    trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted; after
+    n hopeless trials in a row the purse gains an n-th of the share, down to a fifth. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
     twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
     among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
     for no budget. What is learnt stays for the next sequence.
     """
 
-    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 16) -> None:
+    def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 32) -> None:
         self.budgets = tuple(sorted({1, *budgets}))
         self.start, self.share = start, share
         self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}
@@ -83,12 +80,7 @@ class Goodput:
         self._count = self._ask = 0
         self._purse = 0.0
         self._now = self._best = 1
-        self._again = 0
-
-    @property
-    def most(self) -> int:
-        """The largest of the budgets."""
-        return self.budgets[-1]
+        self._again = self._hopeless = 0
 
     def pause(self) -> int:
         """Plain steps until the purse pays the next trial, while nothing is better than plain steps."""
@@ -98,7 +90,7 @@ class Goodput:
         if 1 not in self._means:
             return 1
         short = self._short(self._next())
-        return math.ceil(short / (self.share * self._means[1][0])) if short > 0 else 0
+        return math.ceil(short / (self._gain * self._means[1][0])) if short > 0 else 0
 
     def budget(self) -> int:
         """The budget under trial, or the best so far."""
@@ -127,7 +119,7 @@ class Goodput:
             return
         steps.append((seconds, event.emitted))
         if now == self._best:
-            self._purse += self.share * seconds * count
+            self._purse += self._gain * seconds * count
         elif now == self._again:
             self._again = 0
             usual = min(steps)[0]
@@ -145,7 +137,21 @@ class Goodput:
             if 1 not in self._means:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)
+            trial = now != self._best
             self._best = min(self._means, key=lambda b: self._means[b][0] / self._means[b][1])
+            if trial:
+                self._hopeless = 0 if self._may_pay(now) else self._hopeless + 1
+
+    @property
+    def _gain(self) -> float:
+        """The share of seconds that the purse gains now."""
+        return self.share / min(max(self._hopeless, 1), _LEAST)
+
+    def _may_pay(self, budget: int) -> bool:
+        """Whether a budget would be the best if one step more had all of its rows accepted."""
+        (seconds, tokens), count = self._means[budget], len(self._steps[budget])
+        best_seconds, best_tokens = self._means[self._best]
+        return seconds * best_tokens <= best_seconds * (tokens * count + budget) / (count + 1)
 
     def _next(self) -> int:
         """The budget to try next: the one that had half of its first trial, else the one whose last step is longest ago."""
@@ -178,6 +184,7 @@ class Goodput:
 
 def _means(steps: deque[tuple[float, int]]) -> tuple[float, float]:
     """Mean seconds and tokens of steps; seconds far above the middle ones are an interruption, not the step's."""
-    middle = sorted(seconds for seconds, _ in steps)[(len(steps) - 1) // 2]
-    usual = [seconds for seconds, _ in steps if seconds <= 4 * middle]
+    recent = sorted(seconds for seconds, _ in islice(reversed(steps), _RECENT))
+    middle = recent[(len(recent) - 1) // 2]
+    usual = [seconds for seconds in recent if seconds <= 4 * middle]
     return sum(usual) / len(usual), sum(tokens for _, tokens in steps) / len(steps)

@@ -63,18 +63,17 @@ class Speculator:
                 f"{', '.join(context)}: a drafter that is a program reads the tokens alone",
                 help=("draft by copying, recycling or heads, or decode without drafts",),
             )
-        room = len(prompt) + max_new_tokens + self.controller.most
-        cache = self.decoder.cache(1, room, prompt=len(prompt), **context)
+        # No more room than plain decoding has: caches of one size lie in the same places, and are read as fast.
+        cache = self.decoder.cache(1, len(prompt) + max_new_tokens, prompt=len(prompt), **context)
         with torch.inference_mode():
             sequence.append(self._begin(cache, tuple(sequence), log))
             tell(sequence[-1])
             left = max_new_tokens - 1
             while left and sequence[-1] not in stops:
-                plain, budget = left if self.drafter is None else self.controller.pause(), 1
-                if not plain:
-                    budget = self.controller.budget()
+                pause = left if self.drafter is None else self.controller.pause()
+                budget = 1 if pause else min(self.controller.budget(), left)
                 if budget == 1:
-                    new = self._plain(cache, sequence[-1], min(max(plain, 1), left, _TOGETHER), stops, log, stream)
+                    new = self._plain(cache, sequence[-1], max(pause, 1), left, stops, log, stream)
                 else:
                     new = self._step(cache, sequence[-1], budget, left, stops, log)
                     for token in new:
@@ -112,15 +111,24 @@ class Speculator:
         return new
 
     def _plain(
-        self, cache: Cache, root: int, most: int, stops: set[int], log: Log, stream: Callable[[int], object] | None
+        self,
+        cache: Cache,
+        root: int,
+        pause: int,
+        left: int,
+        stops: set[int],
+        log: Log,
+        stream: Callable[[int], object] | None,
     ) -> list[int]:
-        """At most so many tokens without drafts: what plain decoding does, and no more, so that it costs no more."""
+        """Tokens without drafts: what plain decoding does, and no more, so that it costs no more."""
         started, apart = self.clock(), 0.0
         new, ids = list[int](), torch.tensor([[root]])
-        runs = deque[tuple[torch.Tensor, ...]](maxlen=0 if self.drafter is None else self.drafter.reads)
+        most, reads = min(pause, left, _TOGETHER), 0 if self.drafter is None else self.drafter.reads
+        # Results that no draft will follow soon are let go at once, so that the next ones take their memory.
+        runs = deque[tuple[torch.Tensor, ...]](maxlen=max(min(reads, 1), reads - (pause - most)))
         while True:
             values = self.decoder.step(cache, ids)
-            token = self.accept.first(values[0][0, 0])
+            token = self.accept.first(values[0].view(-1))
             cache.commit(1)
             new.append(token)
             runs.append(values)

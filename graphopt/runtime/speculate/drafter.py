@@ -68,7 +68,8 @@ class Drafter(Protocol):
     """Proposes token trees. All calls of one sequence come in this order: begin, then (propose?, observe) again and again.
 
     A controller may leave `propose` out of steps; `observe` is then told about all tokens of such steps at once, the
-    first one's root included, with the results of the last `reads` of them.
+    first one's root included, with the results of those of them that may be among the last `reads` before a draft, and
+    of the last one.
     """
 
     @property
