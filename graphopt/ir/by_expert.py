@@ -8,6 +8,7 @@ once and added to their tokens once, what is between stays small, and a row that
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,26 +37,44 @@ class ByExpert(torch.nn.Module):  # type: ignore[misc]
         self.rows, self.whole = rows, whole
         self.banks, self.repeats, self.chosen = banks, repeats, chosen or 1
 
-    def forward(self, groups: Groups, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def turned(self, number: int) -> bool:
+        """Whether a bank is only read as matrices `[out, in]` of products, which are faster stored by columns."""
+        placeholders = [node for node in self.rows.graph.nodes if node.op == "placeholder"]
+        return all(user.target is product and user.args[2] is True for user in placeholders[number].users)
+
+    def forward(self, groups: Groups, *values: Any) -> tuple[torch.Tensor, ...]:
         """The results of the part."""
-        if not groups.spans:
+        if groups.spans is None:
             found: tuple[torch.Tensor, ...] = self.whole(groups.index, *values)
             return found
+        # Where no choice counts, one that counts 0 says what shape results have.
+        spans = groups.spans or [(0, 0, min(1, len(groups.order)))]
         banks, sources = values[: self.banks], values[self.banks :]
-        order = groups.order[: groups.spans[-1][2]]
+        order = groups.order[: spans[-1][2]]
         places = {many: order // many if many > 1 else order for many in {*self.repeats, self.chosen}}
         if len(order) * sources[0][0].numel() <= TOGETHER:
             made = self.rows.forward(
-                *((one, groups.spans) if one.dim() == 3 else one[groups.index[order]] for one in banks),
-                *(source.index_select(0, places[many]) for source, many in zip(sources, self.repeats, strict=True)),
+                *((one, spans) if one.dim() == 3 else one[groups.index[order]] for one in banks),
+                *(
+                    # The row of a token on its own is not copied for each of its experts.
+                    source.expand(len(order), *source.shape[1:])
+                    if len(source) == 1
+                    else source.index_select(0, places[many])
+                    for source, many in zip(sources, self.repeats, strict=True)
+                ),
             )
+            if self.chosen == len(groups.index):
+                return tuple(one.sum(0, keepdim=True) for one in made)
             return tuple(self._zeros(groups, one).index_add_(0, places[self.chosen], one) for one in made)
         results: tuple[torch.Tensor, ...] = ()
-        for expert, start, end in groups.spans:
+        for expert, start, end in spans:
             here = {many: place[start:end] for many, place in places.items()}
             # Not by calling the module: a call of one takes as long as an op.
             made = self.rows.forward(
-                *(bank.select(0, expert) if bank.dim() == 3 else bank.narrow(0, expert, 1) for bank in banks),
+                *(
+                    (bank, [(expert, 0, end - start)]) if bank.dim() == 3 else bank.narrow(0, expert, 1)
+                    for bank in banks
+                ),
                 *(source.index_select(0, here[many]) for source, many in zip(sources, self.repeats, strict=True)),
             )
             results = results or tuple(self._zeros(groups, one) for one in made)
@@ -67,12 +86,24 @@ class ByExpert(torch.nn.Module):  # type: ignore[misc]
         return rows.new_zeros(groups.index.shape[0] // self.chosen, *rows.shape[1:])
 
 
-def product(rows: torch.Tensor, bank: Any, turned: bool) -> torch.Tensor:
-    """Rows `[N, in]` times one matrix, or spans of them times those of a bank; `turned` ones are `[out, in]`."""
-    if isinstance(bank, tuple):
-        matrices, spans = bank
-        return products_in_order(rows, matrices.mT if turned else matrices, spans)
-    return torch.mm(rows, bank.t() if turned else bank)
+class PackedBank:
+    """Matrices `[out, in]` of a bank in the layout of `multiply`, which gives the product of rows with one of them."""
+
+    def __init__(self, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], matrices: list[torch.Tensor]):
+        self.multiply, self.matrices = multiply, matrices
+
+    def dim(self) -> int:
+        """As of the bank `[E, out, in]`."""
+        return 3
+
+
+def product(rows: torch.Tensor, bank: tuple[Any, list[tuple[int, int, int]]], turned: bool) -> torch.Tensor:
+    """Spans of rows `[N, in]` times the matrices of a bank; `turned` ones are `[out, in]`."""
+    matrices, spans = bank
+    if isinstance(matrices, PackedBank):
+        made = [matrices.multiply(rows[start:end], matrices.matrices[expert]) for expert, start, end in spans]
+        return made[0] if len(made) == 1 else torch.cat(made)
+    return products_in_order(rows, matrices.mT if turned else matrices, spans)
 
 
 def lower_banks(module: fx.GraphModule) -> None:

@@ -28,9 +28,9 @@ def is_pure(node: fx.Node) -> bool:
     if target in _PYTHON_OPERATORS:
         return True
     module = getattr(target, "__module__", "") or ""
-    return module.startswith(("math", "torch", "graphopt.ir.grouped")) or getattr(target, "__name__", "").startswith(
-        "sym_"
-    )
+    return module.startswith(("math", "torch", "graphopt.ir.grouped", "graphopt.ir.by_expert")) or getattr(
+        target, "__name__", ""
+    ).startswith("sym_")
 
 
 def eliminate_dead_code(graph: fx.Graph, also: Callable[[fx.Node], bool] = lambda node: False) -> int:

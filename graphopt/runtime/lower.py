@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
+from graphopt.ir.by_expert import ByExpert, PackedBank
 from graphopt.ir.leaving import OF_PROMPT, PROMPT, Leaving, leaving
-from graphopt.ir.narrow import narrowed
 from graphopt.ir.program import Input, Program, specialise
+from graphopt.ir.run import fastest
 from graphopt.ops.cached import attend, attend_behind, attend_one, cached_attention
 from graphopt.ops.library import rms_norm as rms_norm_op
 from graphopt.ops.library import rotary
@@ -56,7 +57,7 @@ class Lowered:
     """A program's step as functions, its folded values, and what to compute when a text starts."""
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device | str) -> None:
-        program = narrowed(program, dtype)
+        program = _for_run(program, dtype, device)
         self.program, self.dtype, self.device = program, dtype, device
         self.order: list[fx.Node] = list(program.graph.graph.nodes)
         self.leaving = leaving(program)
@@ -86,32 +87,28 @@ class Lowered:
 
     def _none(self, spec: Input) -> torch.Tensor:
         """No pictures at all."""
-        kind = specialise(spec.dtype, model=self.program.dtype, target=self.dtype, device=self.device)
-        return torch.zeros(0, *(int(size) for size in spec.shape[1:]), dtype=kind, device=self.device)
+        return torch.zeros(
+            0,
+            *(int(size) for size in spec.shape[1:]),
+            dtype=specialise(spec.dtype, model=self.program.dtype, target=self.dtype, device=self.device),
+            device=self.device,
+        )
 
     def _load(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self.program.weights.evaluate(node.meta["weight"], self.dtype, self.device)
+            value = self.program.weights.evaluate(node.meta["weight"], self.dtype, self.device)
+            return _stored_bank(value, self.dtype, self.device) if _is_bank(node) else value
         return self.run(node, self.values)
 
     def run(self, node: fx.Node, values: Mapping[Key, Any]) -> Any:
         """Compute one node."""
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        args, kwargs = self.specialised(args), self.specialised(kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def behind(self, lengths: fx.Node) -> int:
         """The stage at which what has not left by then is what a cache holds; 0 for all tokens."""
         leaves = [spec.name for spec in self.program.entry.inputs if spec.role == "entries"]
         return leaves.index(lengths.meta["input"]) + 1 if lengths.meta.get("input") in leaves else 0
-
-    def specialised(self, arguments: Any) -> Any:
-        """Arguments with the dtype and device of this run."""
-
-        def one(value: Any) -> Any:
-            return specialise(value, model=self.program.dtype, target=self.dtype, device=self.device)
-
-        return fx.node.map_aggregate(arguments, one)
 
     def _behind(self, nodes: list[fx.Node]) -> list[fx.Node]:
         """Nodes computed by place that some nodes need, themselves included, in order."""
@@ -272,7 +269,7 @@ class _Writer:
         if _writes(node) and self.of.stage[args[0]] < Stage.STEP:  # type: ignore[index]
             # What holds for a whole text may not be written into.
             given = (call(torch.clone, (given[0],)), *given[1:])
-        return call(NATIVE.get(node.target, node.target), run.specialised(given), run.specialised(named))
+        return call(NATIVE.get(node.target, node.target), given, named)
 
     def _beside(self, core: fx.Node, result: fx.Node) -> fx.Node:
         """Heads side by side `[B, 1, H * E]`: of one token they already lie so, whatever the graph does to get there."""
@@ -315,7 +312,10 @@ class _Writer:
             multiply, rest = packed_linear()
             product = self.graph.call_function(multiply, (x, weight, bias, *rest))
         else:
-            weight = self._named(f"weight {name}", lambda: _by_columns(weights) if biased else _by_columns(weights).t())
+            weight = self._named(
+                f"weight {name}",
+                lambda: _by_columns(torch.cat(weights)) if biased else _by_columns(torch.cat(weights)).t(),
+            )
             multiply = NATIVE[aten.linear.default] if biased else torch.matmul
             product = self.graph.call_function(multiply, (x, weight, bias) if biased else (x, weight))
         if len(group) > 1 and self._split_heads(group, product):
@@ -382,6 +382,18 @@ class _Writer:
         return self.graph.call_function(turn, (x, self._value(cos), self._value(name), half))  # type: ignore[arg-type]
 
 
+def _for_run(program: Program, dtype: torch.dtype, device: torch.device | str) -> Program:
+    """The program with its graph as it is run: in `dtype` on `device`, banks of experts as one call each."""
+    module = fastest(program, dtype, device)
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            with module.graph.inserting_before(node):
+                part = module.get_submodule(node.target).forward
+                node.replace_all_uses_with(module.graph.call_function(part, node.args, node.kwargs))
+            module.graph.erase_node(node)
+    return replace(program, graph=module)
+
+
 def _lets_leave(node: fx.Node, found: Leaving) -> bool:
     ops = torch.ops.graphopt
     passing = (ops.take_tokens.default, ops.put_tokens.default, ops.merge_tokens.default, ops.merge_windows.default)
@@ -414,17 +426,30 @@ def _as_heads(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (view, swapped) if isinstance(view.args[1][3], int) and view.args[1][3] > 0 else None  # type: ignore[index,operator]
 
 
-def _by_columns(weights: list[torch.Tensor]) -> torch.Tensor:
-    """Weights `[out, in]` one below the other, stored by columns: the product with one row reads them faster so.
+def _is_bank(node: fx.Node) -> bool:
+    """Whether a weight is a bank `[E, out, in]` that only products of experts read."""
+    parts = [(getattr(user.target, "__self__", None), user.args.index(node) - 1) for user in node.users]
+    return bool(parts) and all(isinstance(part, ByExpert) and part.turned(number) for part, number in parts)
+
+
+def _stored_bank(whole: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor | PackedBank:
+    """A bank `[E, out, in]` as products of one row read it fastest."""
+    if not packs(dtype, device) or whole[0].nbytes < _LARGE:
+        return _by_columns(whole)
+    multiply, rest = packed_linear()
+    return PackedBank(lambda rows, matrix: multiply(rows, matrix, None, *rest), [pack(matrix) for matrix in whole])
+
+
+def _by_columns(whole: torch.Tensor) -> torch.Tensor:
+    """Weights `[.., out, in]` stored by columns: the product with one row reads them faster so.
 
     Columns a multiple of the page apart share cache sets, which makes products with a few rows slower by half; a gap of
     one cache line behind each keeps them apart.
     """
-    whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-    rows, columns = whole.shape
+    rows, columns = whole.shape[-2:]
     gap = _LINE // whole.element_size() if rows * whole.element_size() % _PAGE == 0 else 0
-    stored = whole.new_empty(columns, rows + gap)[:, :rows]
-    return stored.copy_(whole.t()).t()
+    stored = whole.new_empty(*whole.shape[:-2], columns, rows + gap)[..., :rows]
+    return stored.copy_(whole.mT).mT
 
 
 def _whole(node: fx.Node) -> bool:

@@ -109,6 +109,35 @@ def test_tokens_may_drop_all_their_choices() -> None:
     assert len(group(index, 3, share.requires_grad_()).spans or ()) == 3
 
 
+@pytest.mark.parametrize("numbers", [[2, 0, 1, 2], [1, 1, 1], [3], [0, 3, 2, 1, 0]])
+@pytest.mark.parametrize("none", [[], [0]])
+def test_few_choices_are_grouped_as_many_are(
+    numbers: list[int], none: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, share = torch.tensor(numbers), torch.ones(len(numbers), 1)
+    share[none] = 0
+    few = group(index, 4, share)
+    monkeypatch.setattr("graphopt.ir.grouped._FEW", 0)
+    many = group(index, 4, share)
+    assert few.spans == many.spans
+    assert torch.equal(few.order, many.order)
+
+
+@pytest.mark.parametrize("share", [[0.0, 0.0], [0.25, 0.0], [0.25, 0.75]])
+def test_packed_banks_give_the_same_also_to_a_token_that_drops_all_its_choices(share: list[float]) -> None:
+    runner = Runner(program("mixtral"), torch.float32, "cpu")
+    part = parts(runner)[0]
+    banks = [torch.randn(4, 48, 32), torch.randn(4, 32, 24)]
+    packed = [by_expert.PackedBank(lambda rows, matrix: rows @ matrix.t(), list(bank)) for bank in banks]
+    index, counts, x = torch.tensor([3, 1]), torch.tensor(share), torch.randn(1, 32)
+    groups = group(index, 4, counts[:, None])
+    (plain,), (fast,) = part(groups, *banks, x, counts), part(groups, *packed, x, counts)
+    torch.testing.assert_close(fast, part.whole(index, *banks, x, counts)[0])
+    torch.testing.assert_close(fast, plain)
+    assert fast.shape == (1, 32)
+    assert bool(fast.any()) == bool(counts.any())
+
+
 def test_gradients_are_those_of_the_graph() -> None:
     one = program("mixtral")
     runner = Runner(one, torch.float64, "cpu")

@@ -188,7 +188,7 @@ def test_cross_attention_is_computed_once_and_decodes() -> None:
     ] * 2
     cached, _ = with_cache(program)
     decoder = Decoder(cached, torch.float64)
-    products = [n for n in cached.graph.graph.nodes if n.target is torch.ops.aten.linear.default]
+    products = [n for n in decoder.lowered.order if n.target is torch.ops.aten.linear.default]
     early = {str(n.args[1]) for n in products if decoder.lowered.stage[n] == Stage.START}
     assert early == {"inner_weight", "answer_weight"}
     texts = torch.randint(0, VOCABULARY, (2, 9)), torch.randint(0, VOCABULARY, (2, 7))

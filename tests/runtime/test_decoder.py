@@ -9,13 +9,12 @@ import torch
 
 from graphopt.ir.program import Program
 from graphopt.ir.run import Runner
-from graphopt.passkit import Context, PassRegistry
-from graphopt.passkit.edits import apply_edits
 from graphopt.runtime.decoder import Decoder
-from graphopt.views import Views
+from graphopt.runtime.with_cache import with_cache
 from tests import tiny
 
 FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "bloom", "gptj", "opt", "neox", "phi", "falcon", "qwen3", "cohere")
+ROUTED = ("mixtral", "qwen3_moe", "gpt_oss")
 # Sums of a few hundred products in float64, through three layers.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -23,9 +22,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 @cache
 def cached(name: str) -> Program:
     """A tiny model with a cache."""
-    views = Views(tiny.program(name))
-    plan = PassRegistry().get("insert_cache")().plan(Context(views, tuple(range(len(views.blocks)))))
-    return apply_edits(views.program, views, plan.edits)
+    return with_cache(tiny.program(name))[0]
 
 
 @cache
@@ -41,7 +38,7 @@ def whole(run: Runner, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ROUTED])
 def test_every_step_equals_the_stateless_run_and_a_fresh_prefill(name: str) -> None:
     decoder, run = pair(name)
     ids = tiny.tokens(2, 20)
@@ -117,7 +114,7 @@ def test_a_tree_gives_the_logits_of_each_path_and_its_accepted_path_stays(name: 
 
 
 @pytest.mark.parametrize("large", [0, 2**40])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_packed_weights_give_the_same_products(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.runtime.lower._LARGE", large)
     decoder, ids = Decoder(cached(name), torch.float32), tiny.tokens(1, 12)
