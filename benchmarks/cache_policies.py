@@ -21,15 +21,20 @@ import yaml
 import graphopt
 from graphopt.compiler.text import tokens_of
 from graphopt.cost import cost
+from graphopt.ir.leaving import PROMPT, admitting, with_prompt
 from graphopt.ir.program import Program
+from graphopt.ir.rewriter import Rewriter
 from graphopt.observe.text import token_input
 from graphopt.passes.cache.bounded import Bound
 from graphopt.passkit import Context, PassRegistry
 from graphopt.passkit.edits import Plan, apply_edits
+from graphopt.runtime import Decoder
 from graphopt.runtime.cache import Cache
 from graphopt.spec import parse_spec
 from graphopt.views import Views
 
+aten = torch.ops.aten
+ops = torch.ops.graphopt
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_lm"
 RESULTS = ROOT / "benchmarks" / "results" / "cache_policies.json"
@@ -40,6 +45,16 @@ SINK = 4
 RECIPE = {"steps": 60, "batch": 1, "seq": 256, "rate": 5e-2, "warmup": 5}
 GRIDS = [{"bits": bits, "group": 32, "recent": recent} for recent in (32, 128) for bits in (8, 4, 2)]
 GATES = {"use": "learn_gates", "sink": SINK, "recent": 60, "recipe": RECIPE}
+
+
+SHARES, PREDICTOR = (75, 50, 25), 2
+ADMIT = {
+    "use": "drop_tokens",
+    "span": "answer",
+    "layers": PREDICTOR,
+    "score": {"kind": "predictor", "width": 64},
+    "recipe": {"steps": 120, "batch": 4, "seq": 256, "rate": 5e-3, "warmup": 10},
+}
 
 
 def policies(entries: int) -> dict[str, list[dict[str, Any]]]:
@@ -129,6 +144,61 @@ def quantised_row(program: Program, grid: dict[str, int], windows: torch.Tensor)
     return {**grid, **sizes, "formula_bfloat16": formula, "perplexity": perplexity(coarse, windows)}
 
 
+def by_chance(program: Program, share: float, seed: int) -> Program:
+    """The program with words admitted by chance, the same places in every text."""
+    rewriter = Rewriter(program)
+    core = admitting(program)[0]
+    decided = rewriter.node(core.args[9].args[0])  # type: ignore[union-attr,arg-type]
+    drawn = rewriter.call(ops.random_scores.default, rewriter.input_node(token_input(program)), seed, before=decided)
+    chosen = rewriter.call(aten.gt.Scalar, drawn, 1 - share, before=decided)
+    dtype = decided.meta["val"].dtype
+    rewriter.replace(decided, rewriter.call(aten.to.dtype, chosen, dtype, before=decided))
+    return rewriter.finish()
+
+
+def behind_prompt(program: Program, windows: torch.Tensor) -> float:
+    """Perplexity of the second half of windows `[N, T]` when the first half is a prompt, which stays whole."""
+    half = windows.shape[1] // 2
+    run, total = with_prompt(program).module(torch.float32), 0.0
+    with torch.no_grad():
+        for ids in windows.split(BATCH):
+            logits = run(**{token_input(program): ids, PROMPT: torch.ones_like(ids[:, :half])})[0][:, half - 1 : -1]
+            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, half:].flatten())) * len(ids)
+    return math.exp(total / len(windows))
+
+
+def held_bytes(program: Program, windows: torch.Tensor, prompt: int) -> tuple[float, float]:
+    """Mean bytes of a cache that has taken a window in, and the share of words behind the prompt that it has admitted."""
+    decoder = Decoder(changed(program, {"use": "insert_cache"})[0])
+    sizes, shares = [], []
+    for ids in windows[:, None]:
+        cache = decoder.cache(1, LENGTH, prompt=prompt)
+        for piece in ids.split([prompt, LENGTH - prompt], 1):
+            decoder.step(cache, piece)
+            cache.commit(piece.shape[1])
+        sizes.append(cache.bytes())
+        places = next(buffer for name, buffer in cache.buffers.items() if name.endswith("_held_places"))
+        shares.append((int((places >= 0).sum()) - prompt) / (LENGTH - prompt))
+    return sum(sizes) / len(sizes), sum(shares) / len(shares)
+
+
+def admitted_row(program: Program, whole: dict[str, Any], share: int, windows: torch.Tensor) -> dict[str, Any]:
+    """A predictor that aims at a share: what it admits, bytes and perplexity, without a prompt and behind one."""
+    made = apply(program, [{**ADMIT, "keep": f"{share}%"}])
+    found: dict[str, Any] = {"aim": share, "training": made.trail[-1].certificate["training"]}
+    for name, prompt, measure in (("text", 1, perplexity), ("answer", LENGTH // 2, behind_prompt)):
+        size, kept = held_bytes(made, windows, prompt)
+        chance = [measure(by_chance(made, kept, seed), windows) for seed in range(3)]
+        found[name] = {
+            "kept": kept,
+            "bytes": size,
+            "share": size / whole["bytes"],
+            "perplexity": measure(made, windows),
+            "chance": chance,
+        }
+    return found
+
+
 def plot(stored: dict[str, Any], file: Path) -> None:
     """Perplexity over cache bytes, one line a policy."""
     import matplotlib as mpl
@@ -165,6 +235,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="policies, by name")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--quantised", action="store_true", help="only the quantised caches, beside the stored rows")
+    parser.add_argument(
+        "--admitted", action="store_true", help="only words that a predictor admits, beside stored rows"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the stored figures")
     arguments = parser.parse_args()
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
@@ -184,6 +257,11 @@ def main() -> None:
         stored["quantised"] = [quantised_row(program, grid, windows) for grid in GRIDS]
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         print(json.dumps(stored["quantised"], indent=1), file=sys.stderr)
+        return
+    if arguments.admitted:
+        stored["admitted"] = [admitted_row(program, stored["whole"], share, windows) for share in SHARES]
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+        print(json.dumps(stored["admitted"], indent=1), file=sys.stderr)
         return
     gated = None
     for name in policies(BUDGETS[0]):

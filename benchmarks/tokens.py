@@ -173,7 +173,8 @@ def method_steps(name: str, share: float, seed: int | None) -> tuple[list[dict[s
     """The steps of a spec with another share a stage of the decoder, by chance in all stages with a seed; its data."""
     file = ROOT / "specs" / "methods" / f"{name}.yaml"
     spec = yaml.safe_load(file.read_text(encoding="utf-8"))
-    steps = spec["steps"]
+    # The prompt is judged here; words of these short answers are all admitted.
+    steps = [step for step in spec["steps"] if step.get("span") != "answer"]
     for step in steps:
         if step["use"] == "drop_tokens":
             stages = len(step["keep"]) if isinstance(step["keep"], list) else 0

@@ -51,6 +51,8 @@ class Predictor(Choice):
 
     After Dynamic-LLaVA (arXiv 2412.00876), whose predictor is deeper and learns by Gumbel noise in the attention. Here
     the number of tokens is fixed, and a token that stays learns by what its values give to others in later attention.
+    About words of an answer it decides one by one, by the sign, and each learns by what its weight in the softmax would
+    change.
     """
 
     kind: Literal["predictor"] = "predictor"

@@ -33,7 +33,7 @@ def whole() -> Program:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_spec_runs_and_is_certified(name: str) -> None:
-    short = ["steps.drop_tokens.recipe.steps=2"] if name == "dynamic_llava" else []
+    short = [f"steps.{step}.recipe.steps=2" for step in ("drop_tokens", "answer")] if name == "dynamic_llava" else []
     program = graphopt.compile(None, ROOT / "specs" / "methods" / f"{name}.yaml", overrides=short)
     assert all(step.certificate["level"] == "full" for step in program.trail)
     text = 20
