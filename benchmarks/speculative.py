@@ -206,16 +206,21 @@ recipes are specs/methods/*.yaml: each inserts and trains what it needs and says
   Repeated prompts hold 48 tokens twice and the first 8 of them again. A small model that decodes greedily soon repeats
   itself, which helps drafters that look for repetition on held-out prompts as well.
 
-Plain decoding is that of the same loaded program: two loads of the same weights differ by up to 3% in time. Rows of fixed
-numbers were measured in another run than those of the specs, on a machine whose speed changes by half from minute to minute,
-and all of them before steps of several rows became cheaper.
+Plain decoding is that of the same loaded program: two loads of the same weights differ by up to 3% in time. Both have a
+cache of one size, which lies in the same place: with a few entries more, another piece of memory came to be read, a few
+per cent faster or slower for a whole run. Specs and fixed numbers of rows were measured in different runs while other
+programs had both processors, where plain decoding to itself was 0.982 to 1.023, and where steps of several rows cost
+less beside a plain one than on a machine of one's own: there CopySpec was, in an earlier run, 1.19 and 1.48 times as fast
+as plain decoding on the two texts. Rows of
+fixed numbers of other specs than CopySpec and Token Recycling were measured before steps of several rows became cheaper.
 
 The shipped model is the worst case for speculation in time: its weights stay in the processor's cache, so that rows
 cost what their arithmetic does, while on a model whose weights come from memory a few rows cost what one does. tau and
-acceptance carry over to such a model. CopySpec, whose drafts cost nothing, pays here all the same. Where drafting does
-not pay, the spec goes on with plain steps in a loop that is the plain decoder's; trials have half a per cent of the
-time, and the first ones come whatever they cost. Two equal caches of one decoder differ by 3% in time on this machine,
-by where they lie, and single medians by as much from run to run. Medusa's tree has 16 rows in its spec.""".splitlines()
+acceptance carry over to such a model. CopySpec and Token Recycling, whose drafts cost next to nothing, pay here all the
+same; three or more rows do, two do not. On a machine of one's own Token Recycling has not been measured again. Where
+drafting does not pay, the spec goes on with plain steps in a loop that is the plain decoder's; trials have half a per
+cent of the time, down to a tenth of a per cent where they are hopeless, and the first ones come whatever they cost.
+Single medians differ by up to 3% from run to run. Medusa's tree has 16 rows in its spec.""".splitlines()
 
 
 def main() -> None:
