@@ -206,13 +206,13 @@ recipes are specs/methods/*.yaml: each inserts and trains what it needs and says
   Repeated prompts hold 48 tokens twice and the first 8 of them again. A small model that decodes greedily soon repeats
   itself, which helps drafters that look for repetition on held-out prompts as well.
 
-Plain decoding is that of the same loaded program: two loads of the same weights differ by up to 3% in time. Both have a
-cache of one size, which lies in the same place: with a few entries more, another piece of memory came to be read, a few
-per cent faster or slower for a whole run. Specs and fixed numbers of rows were measured in different runs while other
-programs had both processors, where plain decoding to itself was 0.982 to 1.023, and where steps of several rows cost
-less beside a plain one than on a machine of one's own: there CopySpec was, in an earlier run, 1.19 and 1.48 times as fast
-as plain decoding on the two texts. Rows of
-fixed numbers of other specs than CopySpec and Token Recycling were measured before steps of several rows became cheaper.
+Plain decoding is that of the same loaded program: two loads of the same weights differ by up to 3% in time. Both have
+a cache of one size, which lay in the same place where this was looked at, and one of a few entries more in another;
+two equal caches of one decoder differed by up to 3% in time, by where they lie. Specs and fixed numbers of rows were
+measured in different runs while other programs had both processors, where plain decoding to itself was 0.982 to
+1.023, and where steps of several rows cost less beside a plain one than on a machine of one's own: there CopySpec
+was, in an earlier run, 1.19 and 1.48 times as fast as plain decoding on the two texts. Rows of fixed numbers of other
+specs than CopySpec and Token Recycling were measured before steps of several rows became cheaper.
 
 The shipped model is the worst case for speculation in time: its weights stay in the processor's cache, so that rows
 cost what their arithmetic does, while on a model whose weights come from memory a few rows cost what one does. tau and
