@@ -28,6 +28,7 @@ from graphopt.artifact.trail import trail_from_json, trail_to_json
 from graphopt.diagnostics import ArtifactError
 from graphopt.ir.program import Program
 from graphopt.ir.run import bind_inputs, fastest
+from graphopt.ops.library import attention, scaled_attention
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _WRITTEN = "decoder_input_ids"
@@ -58,6 +59,7 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self._program = program
         self._graphs: dict[tuple[torch.dtype, torch.device], Any] = {}
         self._constants: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._read = tuple(program.weight_nodes)
         for name, weight in program.weights.weights.items():
             if weight.kind != "constant":
                 _register(self, name, weight.expr.shape, _wanted(weight.expr.dtype, program, config), weight.kind)
@@ -85,7 +87,21 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         lost = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
         if lost:
             raise ArtifactError.of("missing_tensors", f"{path} lacks {len(lost)} tensors, the first {lost[0]!r}")
+        model._prepare()
         return (model, info) if wants_info else model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        """Make what a run in the present dtype on the present device takes: torch.compile cannot trace its making."""
+        device = self.device
+        if device.type != "meta":
+            self._graph(device)
+            for name in self._read:
+                self._value(name, device)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write the checkpoint with its graph; round-trips through from_pretrained."""
@@ -214,7 +230,7 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if mask is not None and not hides and not mask.all():
             raise ValueError("this model's graph takes no attention mask, so padding cannot be hidden from it")
         inputs = bind_inputs(program, given, device, self.dtype)
-        values = [self._value(node.meta["weight"], device) for node in program.weight_nodes.values()]
+        values = [self._value(name, device) for name in self._read]
         results = self._graph(device)(*values, *inputs)
         if pack is not None:
             results = [pack.unpack(result) if result.dim() == 3 else result for result in results]
@@ -223,7 +239,12 @@ class GraphoptForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _graph(self, device: torch.device) -> Any:
         key = (self.dtype, device)
         if key not in self._graphs:
-            self._graphs[key] = fastest(self._program, self.dtype, device)
+            self._graphs[key] = graph = fastest(self._program, self.dtype, device)
+            for node in graph.graph.nodes:
+                # Compilers see through it, and need not trust what the op says of its result's layout.
+                if node.target is attention:
+                    node.target = scaled_attention
+            graph.recompile()
         return self._graphs[key]
 
     def _value(self, name: str, device: torch.device) -> torch.Tensor:
