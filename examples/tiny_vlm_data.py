@@ -1,8 +1,8 @@
 """Scenes, questions and answers for ``train_tiny_vlm.py``.
 
-A scene is a 32x32 picture with one to five coloured shapes on a noisy grey ground.  Each shape fills most of one of the
-sixteen 8x8 cells, so that of the 64 patches of 4x4 pixels at most twenty show a shape.  Everything is drawn from a
-generator that the caller seeds.
+A scene is a 48x48 picture with one to five coloured shapes on a noisy grey ground.  Each shape fills most of one of the
+64 patches of 6x6 pixels, so that one to five of them show all there is to see.  Everything is drawn from a generator
+that the caller seeds.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-SIZE = 32
-PATCH = 4
-CELL = 8
-SIDE = SIZE // CELL
+SIZE = 48
+PATCH = 6
+SIDE = SIZE // PATCH
+DOTS = 5
 MOST = 5
 COLORS = {
     "red": (0.9, 0.1, 0.1),
@@ -30,10 +30,10 @@ COLORS = {
     "white": (0.98, 0.98, 0.98),
 }
 SHAPES = {
-    "square": ("#######", "#######", "#######", "#######", "#######", "#######", "#######"),
-    "circle": ("..###..", ".#####.", "#######", "#######", "#######", ".#####.", "..###.."),
-    "triangle": ("...#...", "...#...", "..###..", "..###..", ".#####.", ".#####.", "#######"),
-    "cross": ("..###..", "..###..", "#######", "#######", "#######", "..###..", "..###.."),
+    "square": ("#####", "#####", "#####", "#####", "#####"),
+    "circle": (".###.", "#####", "#####", "#####", ".###."),
+    "triangle": ("..#..", "..#..", ".###.", ".###.", "#####"),
+    "cross": ("..#..", "..#..", "#####", "..#..", "..#.."),
 }
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 QUADRANTS = (("top", "left"), ("top", "right"), ("bottom", "left"), ("bottom", "right"))
@@ -44,21 +44,21 @@ WORDS = (
     *NUMBERS, "top", "bottom", "left", "right", "what", "color", "shape", "shapes", "is", "the", "how", "many", "where",
     "there", "a", "at", "all", "list", "nothing", "yes", "no", "?", ",",
 )  # fmt: skip
-IMAGE_TOKENS = (SIZE // PATCH) ** 2
+IMAGE_TOKENS = SIDE**2
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene, in a cell counted row by row."""
+    """One shape of a scene, in a patch counted row by row."""
 
-    cell: int
+    patch: int
     color: str
     shape: str
 
     @property
     def quadrant(self) -> tuple[str, str]:
         """The words for the quarter of the picture that it is in."""
-        row, column = divmod(self.cell, SIDE)
+        row, column = divmod(self.patch, SIDE)
         return QUADRANTS[2 * (row >= SIDE // 2) + (column >= SIDE // 2)]
 
     @property
@@ -80,13 +80,13 @@ Scene = tuple[Thing, ...]
 
 
 def draw_scene(chance: random.Random) -> Scene:
-    """One to five shapes in different cells, in reading order."""
-    cells = sorted(chance.sample(range(SIDE * SIDE), chance.randint(1, MOST)))
-    return tuple(Thing(cell, chance.choice(list(COLORS)), chance.choice(list(SHAPES))) for cell in cells)
+    """One to five shapes in different patches, in reading order."""
+    patches = sorted(chance.sample(range(IMAGE_TOKENS), chance.randint(1, MOST)))
+    return tuple(Thing(patch, chance.choice(list(COLORS)), chance.choice(list(SHAPES))) for patch in patches)
 
 
 def render(scenes: list[Scene], generator: torch.Generator) -> torch.Tensor:
-    """The pictures, from -1 to 1, float32 ``[N, 3, 32, 32]``; ground, shades and places in the cell vary."""
+    """The pictures, from -1 to 1, float32 ``[N, 3, 48, 48]``; ground, shades and places in the patch vary."""
     masks = torch.tensor([[[dot == "#" for dot in row] for row in rows] for rows in SHAPES.values()]).float()
     colors, shapes = list(COLORS), list(SHAPES)
     palette = torch.tensor(list(COLORS.values()))
@@ -94,11 +94,11 @@ def render(scenes: list[Scene], generator: torch.Generator) -> torch.Tensor:
     things = [thing for scene in scenes for thing in scene]
     shade = 0.9 + 0.2 * torch.rand(len(things), 1, generator=generator)
     paint = (palette[[colors.index(t.color) for t in things]] * shade).clamp(0, 1)
-    offsets = torch.randint(0, CELL - 6, (len(things), 2), generator=generator)
-    cells = torch.tensor([t.cell for t in things])
-    grid = torch.arange(7)
-    y = (cells // SIDE * CELL + offsets[:, 0])[:, None] + grid
-    x = (cells % SIDE * CELL + offsets[:, 1])[:, None] + grid
+    offsets = torch.randint(0, PATCH - DOTS + 1, (len(things), 2), generator=generator)
+    patches = torch.tensor([t.patch for t in things])
+    grid = torch.arange(DOTS)
+    y = (patches // SIDE * PATCH + offsets[:, 0])[:, None] + grid
+    x = (patches % SIDE * PATCH + offsets[:, 1])[:, None] + grid
     pictures = (0.2 + 0.4 * torch.rand(len(scenes), 1, 1, 1, generator=generator)).repeat(1, SIZE, SIZE, 3)
     index = (rows[:, None, None], y[:, :, None], x[:, None, :])
     mask = masks[[shapes.index(t.shape) for t in things]].unsqueeze(-1)
@@ -168,7 +168,7 @@ def ask_some(scene: Scene, count: int, chance: random.Random) -> list[Question]:
 
 
 def heldout(count: int, seed: int = 1_000_003) -> tuple[torch.Tensor, list[Question]]:
-    """Pictures float32 ``[N, 3, 32, 32]`` with one question each, of a seed that training does not use."""
+    """Pictures float32 ``[N, 3, 48, 48]`` with one question each, of a seed that training does not use."""
     chance = random.Random(seed)
     scenes = [draw_scene(chance) for _ in range(count)]
     questions = [ask_some(scene, 1, chance)[0] for scene in scenes]
