@@ -16,6 +16,11 @@ _LEAST = 5
 """By how much a row of hopeless trials may divide what the purse gains."""
 _RECENT = 16
 """Steps whose seconds count: fewer than those whose tokens do, as a machine changes its speed sooner than a text."""
+_PLAIN = 16
+"""Plain steps of one trial: the first behind steps of several rows, which read other copies of the weights, takes twice
+the time of the next ones."""
+_MARGIN = 1.05
+"""By how much drafting must be better than none: text that was easy gets hard again."""
 _ALWAYS = 1 << 30
 
 
@@ -59,10 +64,11 @@ class Fixed:
 class Goodput:
     """Takes the budget that emits most tokens a second (after SmartSpec, arXiv 2406.14066), and bounds what trials cost.
 
-    Tokens of each budget are means over its last `memory` steps, seconds over fewer. The best budget runs; another one gets a
-    step when what the step is expected to lose to the best is in the purse. The purse begins with `start` plain steps,
-    gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of the time
-    and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. A
+    Tokens of each budget are means over its last `memory` steps, seconds over fewer; plain steps count in runs of
+    several. The best budget runs, one with drafts if it is better than none by a margin. Another one gets a step (plain
+    decoding a run of them) when what that is expected to lose to the best is in the purse. The purse begins with `start`
+    plain steps, gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of
+    the time and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. A
     trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted; after
     n hopeless trials in a row the purse gains an n-th of the share, down to a fifth. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
@@ -81,12 +87,18 @@ class Goodput:
         self._purse = 0.0
         self._now = self._best = 1
         self._again = self._hopeless = 0
+        self._settled = False
 
     def pause(self) -> int:
         """Plain steps until the purse pays the next trial, while nothing is better than plain steps."""
         self._now = self._best
-        if self._best != 1 or len(self.budgets) == 1:
-            return _ALWAYS if len(self.budgets) == 1 else 0
+        if len(self.budgets) == 1:
+            return _ALWAYS
+        if self._best != 1:
+            if self._count < self._ask or self._next() != 1 or self._short(1) > 0:
+                return 0
+            self._now = 1
+            return _PLAIN
         if 1 not in self._means:
             return 1
         short = self._short(self._next())
@@ -117,6 +129,12 @@ class Goodput:
             # A drafter that found nothing to propose tells nothing of what its drafts are worth.
             self._purse -= event.drafting if now != self._best else 0.0
             return
+        if now == 1 and count < _PLAIN // 2 and self._settled:
+            # Mostly the first one behind rows: what it takes longer is not what plain steps take.
+            return
+        if now == 1 and count >= _PLAIN // 2 and not self._settled:
+            self._settled = True
+            steps.clear()
         steps.append((seconds, event.emitted))
         if now == self._best:
             self._purse += self._gain * seconds * count
@@ -130,7 +148,7 @@ class Goodput:
         else:
             # Rows cost at most a plain step each; what verifying takes above that is an interruption.
             cost = event.drafting + min(seconds - event.drafting, now * self._means[1][0])
-            self._pay(cost, event.emitted)
+            self._pay(cost * count, event.emitted * count)
             if len(steps) == 1:
                 steps[0] = (cost, event.emitted)
         if now != self._again and (now > 1 or len(steps) > 1):
@@ -138,9 +156,14 @@ class Goodput:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)
             trial = now != self._best
-            self._best = min(self._means, key=lambda b: self._means[b][0] / self._means[b][1])
+            self._best = min(self._means, key=self._cost)
             if trial:
                 self._hopeless = 0 if self._may_pay(now) else self._hopeless + 1
+
+    def _cost(self, budget: int) -> float:
+        """Seconds a token, with a surcharge for drafting."""
+        seconds, tokens = self._means[budget]
+        return seconds / tokens * (_MARGIN if budget > 1 else 1.0)
 
     @property
     def _gain(self) -> float:
@@ -167,8 +190,8 @@ class Goodput:
         self._purse -= max(0.0, seconds - tokens * best_seconds / best_tokens)
 
     def _loss(self, budget: int) -> float:
-        """Seconds that a trial of a budget is expected to lose to the best one: two steps at first, then one."""
-        count = 1
+        """Seconds that a trial of a budget is expected to lose to the best one: of two steps at first, then of one."""
+        count = _PLAIN if budget == 1 else 1
         if budget in self._means:
             seconds, tokens = self._means[budget]
         else:
