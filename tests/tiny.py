@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import transformers
 
 from graphopt.frontend import capture_model
 from graphopt.ir.program import Program
+from graphopt.passkit import Context, PassRegistry
+from graphopt.passkit.edits import apply_edits
+from graphopt.views import Views
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -111,6 +115,17 @@ def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
 def program(name: str, seed: int = 0) -> Program:
     """A captured tiny model; programs are values, so tests may share them."""
     return capture_model(make_model(name, seed))
+
+
+def after(program: Program, *steps: dict[str, Any]) -> Program:
+    """A program after some steps as a spec writes them."""
+    for options in steps:
+        given = json.dumps({key: value for key, value in options.items() if key != "use"})
+        views = Views(program)
+        plan = PassRegistry().get(options["use"]).model_validate_json(given).plan(Context(views, tuple(range(9))))
+        assert plan.edits, plan.declines
+        program = apply_edits(program, views, plan.edits)
+    return program
 
 
 def checkpoint(directory: Path, name: str, **changes: Any) -> Path:

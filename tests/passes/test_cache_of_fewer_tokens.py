@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from typing import Any
 
@@ -24,6 +23,7 @@ from graphopt.testing.laws import LAWS
 from graphopt.testing.models import Shape, build
 from graphopt.views import Views
 from tests.pictures import ENTRIES, question, reader_program
+from tests.tiny import after
 
 TEXT = Shape(layers=3, heads=4, kv_heads=2, head_dim=4, hidden=8, neurons=6, positions="rotary")
 DROP = {"use": "drop_tokens"}
@@ -79,14 +79,7 @@ STEPS: dict[str, tuple[dict[str, Any], ...]] = {
 @cache
 def fewer(name: str) -> Program:
     """A tiny model after some steps."""
-    program = build(TEXT) if name.startswith("text") else reader_program()
-    for options in STEPS[name]:
-        given = json.dumps({key: value for key, value in options.items() if key != "use"})
-        views = Views(program)
-        plan = PassRegistry().get(options["use"]).model_validate_json(given).plan(Context(views, tuple(range(9))))
-        assert plan.edits, plan.declines
-        program = apply_edits(program, views, plan.edits)
-    return program
+    return after(build(TEXT) if name.startswith("text") else reader_program(), *STEPS[name])
 
 
 @cache
