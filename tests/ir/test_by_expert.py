@@ -125,11 +125,11 @@ def test_few_choices_are_grouped_as_many_are(
 
 @pytest.mark.parametrize("share", [[0.0, 0.0], [0.25, 0.0], [0.25, 0.75]])
 def test_packed_banks_give_the_same_also_to_a_token_that_drops_all_its_choices(share: list[float]) -> None:
-    runner = Runner(program("mixtral"), torch.float32, "cpu")
-    part = parts(runner)[0]
-    banks = [torch.randn(4, 48, 32), torch.randn(4, 32, 24)]
+    part = parts(Runner(program("mixtral"), torch.float64, "cpu"))[0]
+    torch.manual_seed(0)
+    banks = [torch.randn(4, 48, 32).double(), torch.randn(4, 32, 24).double()]
     packed = [by_expert.PackedBank(lambda rows, matrix: rows @ matrix.t(), list(bank)) for bank in banks]
-    index, counts, x = torch.tensor([3, 1]), torch.tensor(share), torch.randn(1, 32)
+    index, counts, x = torch.tensor([3, 1]), torch.tensor(share).double(), torch.randn(1, 32).double()
     groups = group(index, 4, counts[:, None])
     (plain,), (fast,) = part(groups, *banks, x, counts), part(groups, *packed, x, counts)
     torch.testing.assert_close(fast, part.whole(index, *banks, x, counts)[0])
