@@ -87,12 +87,8 @@ class Lowered:
 
     def _none(self, spec: Input) -> torch.Tensor:
         """No pictures at all."""
-        return torch.zeros(
-            0,
-            *(int(size) for size in spec.shape[1:]),
-            dtype=specialise(spec.dtype, model=self.program.dtype, target=self.dtype, device=self.device),
-            device=self.device,
-        )
+        kind = specialise(spec.dtype, model=self.program.dtype, target=self.dtype, device=self.device)
+        return torch.zeros(0, *(int(size) for size in spec.shape[1:]), dtype=kind, device=self.device)
 
     def _load(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -308,13 +304,12 @@ class _Writer:
         )  # type: ignore[index]
         x = self._value(group[0].args[0])  # type: ignore[arg-type]
         if self._packed(group):
-            weight = self._named(f"packed {name}", lambda: pack(torch.cat(weights)))
+            weight = self._named(f"packed {name}", lambda: pack(_joined(weights)))
             multiply, rest = packed_linear()
             product = self.graph.call_function(multiply, (x, weight, bias, *rest))
         else:
             weight = self._named(
-                f"weight {name}",
-                lambda: _by_columns(torch.cat(weights)) if biased else _by_columns(torch.cat(weights)).t(),
+                f"weight {name}", lambda: _by_columns(_joined(weights)) if biased else _by_columns(_joined(weights)).t()
             )
             multiply = NATIVE[aten.linear.default] if biased else torch.matmul
             product = self.graph.call_function(multiply, (x, weight, bias) if biased else (x, weight))
@@ -438,6 +433,11 @@ def _stored_bank(whole: torch.Tensor, dtype: torch.dtype, device: torch.device |
         return _by_columns(whole)
     multiply, rest = packed_linear()
     return PackedBank(lambda rows, matrix: multiply(rows, matrix, None, *rest), [pack(matrix) for matrix in whole])
+
+
+def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Weights one below the other; one alone is not copied, as it may be large."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _by_columns(whole: torch.Tensor) -> torch.Tensor:

@@ -129,12 +129,9 @@ class Goodput:
             # A drafter that found nothing to propose tells nothing of what its drafts are worth.
             self._purse -= event.drafting if now != self._best else 0.0
             return
-        if now == 1 and count < _PLAIN // 2 and self._settled:
-            # Mostly the first one behind rows: what it takes longer is not what plain steps take.
+        if now == 1 and self._in_passing(count):
+            self._purse += self._gain * seconds * count if now == self._best else 0.0
             return
-        if now == 1 and count >= _PLAIN // 2 and not self._settled:
-            self._settled = True
-            steps.clear()
         steps.append((seconds, event.emitted))
         if now == self._best:
             self._purse += self._gain * seconds * count
@@ -159,6 +156,18 @@ class Goodput:
             self._best = min(self._means, key=self._cost)
             if trial:
                 self._hopeless = 0 if self._may_pay(now) else self._hopeless + 1
+
+    def _in_passing(self, count: int) -> bool:
+        """Whether plain steps are too few to tell what one takes; those before the first run that is long do not count then.
+
+        Of a few, too many are the first one behind rows.
+        """
+        if count < _PLAIN // 2:
+            return self._settled
+        if not self._settled:
+            self._settled = True
+            self._steps[1].clear()
+        return False
 
     def _cost(self, budget: int) -> float:
         """Seconds a token, with a surcharge for drafting."""
