@@ -109,7 +109,7 @@ class BoundCache(Pass):
 
     def plan(self, context: Context) -> Plan:
         """An edit for each attention that `where` selects, or a decline with the reason."""
-        from graphopt.passes.cache.bounded import Bound, fits, turnable
+        from graphopt.passes.cache.bounded import Bound, fits, marked, turnable
         from graphopt.passkit.edits import Decline, Plan
 
         program = context.program
@@ -123,6 +123,8 @@ class BoundCache(Pass):
             reason = fits(program, attention)
             if reason is None and self.positions == "renumber":
                 reason = turnable(program, attention.core)
+            if reason is None and self.compensate:
+                reason = marked(attention.core)
             if reason is None:
                 fit.append((block.index, attention))
             else:

@@ -15,6 +15,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.ir.weights import Affine, Cat, Take
 from graphopt.passes.attention.mix_heads import MixHeads
+from graphopt.passes.cache.bound_cache import BoundCache
 from graphopt.passes.experts.add_momentum import AddMomentum
 from graphopt.passes.experts.merge_experts import MergeExperts
 from graphopt.passes.experts.reroute import Reroute
@@ -361,6 +362,14 @@ def test_a_head_attends_as_if_the_others_tokens_were_not_there() -> None:
         wanted = torch.nn.functional.scaled_dot_product_attention(*taken, is_causal=True)
         torch.testing.assert_close(found[:, head : head + 1, here], wanted, rtol=1e-12, atol=1e-12)
         assert not found[:, head, ~here].any()
+
+
+def test_no_mean_stands_for_keys_of_which_some_hide() -> None:
+    routed = trial(made(MixHeads, attends="routed", keep=2), build(ALONE)).after
+    plan = trial(made(BoundCache, sink=1, recent=2, compensate=True), routed).plan
+    assert plan.declines and not plan.edits
+    assert all("hide" in decline.reason for decline in plan.declines)
+    assert trial(made(BoundCache, sink=1, recent=2), routed).plan.edits
 
 
 def test_all_heads_by_a_router_of_zeros_see_all_tokens() -> None:

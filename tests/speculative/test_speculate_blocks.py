@@ -236,6 +236,20 @@ def test_goodput_finds_out_when_speculation_begins_to_pay_and_stops_when_it_no_l
     assert used[50:].count(1) > 140
 
 
+def test_goodput_spends_what_drafts_save_on_finding_a_better_number_of_rows() -> None:
+    control = Goodput((4, 8))
+    cost = {4: 2.0, 8: 2.5}
+    # Eight rows begin badly, and are the best ever after.
+    used, _ = steps(control, 400, {4: 4, 8: 1}, cost)
+    assert control.best() == 4
+    assert 3 < used.count(8) < 20
+    used, _ = steps(control, 400, {4: 4, 8: 8}, cost)
+    assert used[200:].count(8) > 190
+    # What is worse is tried less and less.
+    used, _ = steps(control, 2000, {4: 4, 8: 8}, cost)
+    assert used[1000:].count(4) < 10
+
+
 def test_goodput_tries_a_drafter_that_takes_twice_what_it_gives_only_once() -> None:
     control, tried = Goodput((4, 8)), 0
     for _ in range(300):

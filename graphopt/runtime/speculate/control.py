@@ -21,6 +21,8 @@ _PLAIN = 16
 the time of the next ones."""
 _MARGIN = 1.05
 """By how much drafting must be better than none: text that was easy gets hard again."""
+_INVEST = 0.1
+"""Share of the seconds that drafts save which may look for a better budget, until trials show none."""
 _ALWAYS = 1 << 30
 
 
@@ -68,9 +70,11 @@ class Goodput:
     several. The best budget runs, one with drafts if it is better than none by a margin. Another one gets a step (plain
     decoding a run of them) when what that is expected to lose to the best is in the purse. The purse begins with `start`
     plain steps, gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of
-    the time and `start` steps once, however long the text, while trials that lose nothing go on until the best is known. A
-    trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted; after
-    n hopeless trials in a row the purse gains an n-th of the share, down to a fifth. The
+    the time and `start` steps once, however long the text, while trials that lose nothing go on until the best is known.
+    Where drafts pay, a tenth of what they save pays for trials of other drafts, so that a better number of rows is soon
+    found. A trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted;
+    after n hopeless trials in a row, none of which changed the best, the purse gains an n-th of the share, down to a
+    fifth, and an n-th squared of that tenth. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
     twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
     among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
@@ -80,11 +84,12 @@ class Goodput:
     def __init__(self, budgets: tuple[int, ...], start: float = 2.0, share: float = 0.005, memory: int = 32) -> None:
         self.budgets = tuple(sorted({1, *budgets}))
         self.start, self.share = start, share
+        self._tried = max(2, memory // 4)
         self._steps: dict[int, deque[tuple[float, int]]] = {b: deque(maxlen=memory) for b in self.budgets}
         self._means: dict[int, tuple[float, float]] = {}
         self._last = dict.fromkeys(self.budgets, 0)
         self._count = self._ask = 0
-        self._purse = 0.0
+        self._purse = self._saved = 0.0
         self._now = self._best = 1
         self._again = self._hopeless = 0
         self._settled = False
@@ -133,8 +138,13 @@ class Goodput:
             self._purse += self._gain * seconds * count if now == self._best else 0.0
             return
         steps.append((seconds, event.emitted))
+        while now != self._best and len(steps) > self._tried:
+            steps.popleft()
         if now == self._best:
             self._purse += self._gain * seconds * count
+            if now > 1:
+                saved = event.emitted * self._means[1][0] - seconds
+                self._saved += max(0.0, saved) * _INVEST / max(self._hopeless, 1) ** 2
         elif now == self._again:
             self._again = 0
             usual = min(steps)[0]
@@ -152,9 +162,10 @@ class Goodput:
             if 1 not in self._means:
                 self._purse += self.start * min(each for each, _ in steps)
             self._means[now] = _means(steps)
-            trial = now != self._best
-            self._best = min(self._means, key=self._cost)
-            if trial:
+            before, self._best = self._best, min(self._means, key=self._cost)
+            if self._best != before:
+                self._hopeless = 0
+            elif now != before:
                 self._hopeless = 0 if self._may_pay(now) else self._hopeless + 1
 
     def _in_passing(self, count: int) -> bool:
@@ -186,17 +197,22 @@ class Goodput:
         return seconds * best_tokens <= best_seconds * (tokens * count + budget) / (count + 1)
 
     def _next(self) -> int:
-        """The budget to try next: the one that had half of its first trial, else the one whose last step is longest ago."""
-        others = (budget for budget in self.budgets if budget != self._best)
-        return self._again or min(others, key=lambda budget: self._last[budget])
+        """The budget to try next: the one that had half of its first trial, else of those that can be paid, if any can,
+        the one whose last step is longest ago."""
+        others = sorted((b for b in self.budgets if b != self._best), key=self._last.__getitem__)
+        return self._again or next((budget for budget in others if self._short(budget) <= 0), others[0])
 
     def _short(self, trial: int) -> float:
-        """Seconds that the purse lacks for a trial."""
-        return 0.0 if trial == self._again else self._loss(trial) - self._purse
+        """Seconds that the purse lacks for a trial; what drafts saved pays for drafts alone."""
+        saved = self._saved if trial > 1 and self._best > 1 else 0.0
+        return 0.0 if trial == self._again else self._loss(trial) - self._purse - saved
 
     def _pay(self, seconds: float, tokens: int) -> None:
         best_seconds, best_tokens = self._means[self._best]
-        self._purse -= max(0.0, seconds - tokens * best_seconds / best_tokens)
+        lost = max(0.0, seconds - tokens * best_seconds / best_tokens)
+        saved = min(lost, self._saved) if self._now > 1 and self._best > 1 else 0.0
+        self._saved -= saved
+        self._purse -= lost - saved
 
     def _loss(self, budget: int) -> float:
         """Seconds that a trial of a budget is expected to lose to the best one: of two steps at first, then of one."""

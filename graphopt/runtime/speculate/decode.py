@@ -19,7 +19,7 @@ from graphopt.runtime.speculate.log import Event, Log
 from graphopt.runtime.speculate.network import Network
 from graphopt.runtime.speculate.tree import Tree
 
-_TOGETHER = 32
+_TOGETHER = 64
 """Plain steps of which drafter and controller hear at once, at most: their seconds are to follow the machine's."""
 
 
