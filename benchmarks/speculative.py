@@ -226,12 +226,12 @@ earlier runs of 48 prompts, Hydra's median was between 0.957 and 0.998.
 The shipped model is the worst case for speculation in time: its weights stay in the processor's cache, so that rows
 cost what their arithmetic does, while on a model whose weights come from memory a few rows cost what one does. tau and
 acceptance carry over to such a model. CopySpec, whose drafts cost nothing, pays here all the same. Token Recycling
-accepts as much, but 3 to 8 rows take 1.04 to 1.07 times plain decoding's time on repeated prompts (12 of them, 128
-tokens), so that its spec decodes without drafts here. A plain step behind one of several rows takes twice its usual
-time, as they read other copies of the weights: the controller compares runs of plain steps, and drafts only if that is
-better by 5%. Where drafting does not pay, the spec goes on with plain steps in a loop that is the plain decoder's;
-trials have half a per cent of the time, down to a tenth of a per cent where they are hopeless, and the first ones come
-whatever they cost. Medusa's tree has 16 rows in its spec.""".splitlines()
+accepts as much, but 4 and 8 rows take about plain decoding's time. A plain step behind one of several rows takes twice
+its usual time, as they read other copies of the weights: the controller compares runs of plain steps, and drafts only if
+that is better by 5%. Where drafting does not pay, the spec goes on with plain steps in a loop that is the plain
+decoder's; trials have half a per cent of the time, down to a tenth of a per cent where they are hopeless, and the first
+ones come whatever they cost. Where it pays, a tenth of what drafts save goes into trials of other numbers of rows, less
+and less where these are worse.""".splitlines()
 
 
 def main() -> None:
