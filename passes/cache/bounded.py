@@ -166,7 +166,7 @@ def fits(program: Program, attention: Attention, done: str = "bounded") -> str |
 def marked(core: fx.Node) -> str | None:
     """Why no mean can stand for keys of an attention that are gone: a feature of its own hides some of them."""
     query = core.args[0]
-    if isinstance(query, fx.Node) and query.target is aten.constant_pad_nd.default:
+    if isinstance(query, fx.Node) and query.target is aten.constant_pad_nd.default and any(query.args[2:]):
         return "its keys have a feature by which they hide, and the mean of some that hide would hide all that is gone"
     return None
 

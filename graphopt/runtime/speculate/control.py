@@ -74,7 +74,7 @@ class Goodput:
     Where drafts pay, a tenth of what they save pays for trials of other drafts, so that a better number of rows is soon
     found. A trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted;
     after n hopeless trials in a row, none of which changed the best, the purse gains an n-th of the share, down to a
-    fifth, and an n-th squared of that tenth. The
+    fifth, and an n-th squared of that tenth. Of trials only the last quarter of `memory` counts, as text changes. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
     twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
     among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
