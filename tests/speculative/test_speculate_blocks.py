@@ -250,6 +250,15 @@ def test_goodput_spends_what_drafts_save_on_finding_a_better_number_of_rows() ->
     assert used[1000:].count(4) < 10
 
 
+def test_goodput_lets_no_cheap_trials_keep_dear_ones_from_their_turn() -> None:
+    control = Goodput((4, 8))
+    steps(control, 1000, {4: 1, 8: 8}, {4: 1.5, 8: 3.0})
+    assert control.best() == 8
+    # Plain steps, too, are tried again while drafts pay, and found to have become faster.
+    steps(control, 20000, {4: 1, 8: 8}, {1: 0.2, 4: 1.5, 8: 3.0})
+    assert control.best() == 1
+
+
 def test_goodput_tries_a_drafter_that_takes_twice_what_it_gives_only_once() -> None:
     control, tried = Goodput((4, 8)), 0
     for _ in range(300):

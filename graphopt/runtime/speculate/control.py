@@ -71,10 +71,11 @@ class Goodput:
     decoding a run of them) when what that is expected to lose to the best is in the purse. The purse begins with `start`
     plain steps, gains `share` of all seconds, and pays what trials lose: speculation that does not pay costs that share of
     the time and `start` steps once, however long the text, while trials that lose nothing go on until the best is known.
-    Where drafts pay, a tenth of what they save pays for trials of other drafts, so that a better number of rows is soon
-    found. A trial is hopeless when its budget would not be the best either if one step more had all of its rows accepted;
-    after n hopeless trials in a row, none of which changed the best, the purse gains an n-th of the share, down to a
-    fifth, and an n-th squared of that tenth. Of trials only the last quarter of `memory` counts, as text changes. The
+    Where drafts pay, trials of other drafts have a purse of their own, which gains as much and a tenth of what drafts save,
+    so that a better number of rows is soon found. A trial is hopeless when its budget would not be the best either if one
+    step more had all of its rows accepted; after n hopeless trials in a row, none of which changed the best, purses gain
+    an n-th of the share, down to a fifth, and an n-th squared of that tenth. Of trials only the last quarter of `memory`
+    counts, as text changes. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
     twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
     among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
@@ -132,7 +133,8 @@ class Goodput:
         self._last[now] = self._count
         if event.rows == 1 < now:
             # A drafter that found nothing to propose tells nothing of what its drafts are worth.
-            self._purse -= event.drafting if now != self._best else 0.0
+            if now != self._best:
+                self._pay(event.drafting)
             return
         if now == 1 and self._in_passing(count):
             self._purse += self._gain * seconds * count if now == self._best else 0.0
@@ -144,7 +146,7 @@ class Goodput:
             self._purse += self._gain * seconds * count
             if now > 1:
                 saved = event.emitted * self._means[1][0] - seconds
-                self._saved += max(0.0, saved) * _INVEST / max(self._hopeless, 1) ** 2
+                self._saved += self._gain * seconds + max(0.0, saved) * _INVEST / max(self._hopeless, 1) ** 2
         elif now == self._again:
             self._again = 0
             usual = min(steps)[0]
@@ -197,22 +199,26 @@ class Goodput:
         return seconds * best_tokens <= best_seconds * (tokens * count + budget) / (count + 1)
 
     def _next(self) -> int:
-        """The budget to try next: the one that had half of its first trial, else of those that can be paid, if any can,
-        the one whose last step is longest ago."""
-        others = sorted((b for b in self.budgets if b != self._best), key=self._last.__getitem__)
-        return self._again or next((budget for budget in others if self._short(budget) <= 0), others[0])
+        """The budget to try next: the one that had half of its first trial, else the one whose last step is longest ago;
+        drafts do not wait until plain steps can be paid."""
+        others = [budget for budget in self.budgets if budget != self._best]
+        if len(others) > 1 < self._best and self._short(1) > 0:
+            others.remove(1)
+        return self._again or min(others, key=self._last.__getitem__)
 
     def _short(self, trial: int) -> float:
-        """Seconds that the purse lacks for a trial; what drafts saved pays for drafts alone."""
-        saved = self._saved if trial > 1 and self._best > 1 else 0.0
-        return 0.0 if trial == self._again else self._loss(trial) - self._purse - saved
+        """Seconds that are lacking for a trial."""
+        purse = self._saved if trial > 1 < self._best else self._purse
+        return 0.0 if trial == self._again else self._loss(trial) - purse
 
-    def _pay(self, seconds: float, tokens: int) -> None:
+    def _pay(self, seconds: float, tokens: int = 0) -> None:
+        """Take what the trial lost from the purse that it is paid by."""
         best_seconds, best_tokens = self._means[self._best]
         lost = max(0.0, seconds - tokens * best_seconds / best_tokens)
-        saved = min(lost, self._saved) if self._now > 1 and self._best > 1 else 0.0
-        self._saved -= saved
-        self._purse -= lost - saved
+        if self._now > 1 < self._best:
+            self._saved -= lost
+        else:
+            self._purse -= lost
 
     def _loss(self, budget: int) -> float:
         """Seconds that a trial of a budget is expected to lose to the best one: of two steps at first, then of one."""

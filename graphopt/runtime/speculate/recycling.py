@@ -35,7 +35,7 @@ class Recycle:
         for budget in budgets:
             _template(ranks, budget)
         self._lines: dict[int, list[int]] = {}
-        self._waiting: list[tuple[list[int], list[int], torch.Tensor]] = []
+        self._waiting: list[tuple[list[int], torch.Tensor]] = []
 
     @property
     def reads(self) -> int:
@@ -45,8 +45,8 @@ class Recycle:
     @property
     def table(self) -> dict[int, list[int]]:
         """The likeliest tokens behind each token, in turn, by all rows that have come."""
-        for tokens, places, logits in self._waiting:
-            self._lines.update(zip(tokens, logits[places].topk(self.ranks, dim=-1).indices.tolist(), strict=True))
+        for tokens, logits in self._waiting:
+            self._lines.update(zip(tokens, logits.topk(self.ranks, dim=-1).indices.tolist(), strict=True))
         self._waiting = []
         return self._lines
 
@@ -82,12 +82,8 @@ class Recycle:
 
     def _take(self, rows: Rows, order: range | list[int]) -> None:
         last = {rows.token[node]: node for node in order[-self.late :]}
-        places, logits = [node - rows.first for node in last.values()], rows.logits
-        if len(logits) > self.late:
-            # Of a long prompt the rows that count are copied, so that the others may go.
-            places, logits = list(range(len(places))), logits[places]
-        self._waiting.append((list(last), places, logits))
-        while sum(len(tokens) for tokens, _, _ in self._waiting[1:]) >= self.late:
+        self._waiting.append((list(last), rows.logits[[node - rows.first for node in last.values()]]))
+        while sum(len(tokens) for tokens, _ in self._waiting[1:]) >= self.late:
             del self._waiting[0]
 
 
