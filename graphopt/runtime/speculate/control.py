@@ -74,8 +74,8 @@ class Goodput:
     Where drafts pay, trials of other drafts have a purse of their own, which gains as much and a tenth of what drafts save,
     so that a better number of rows is soon found. A trial is hopeless when its budget would not be the best either if one
     step more had all of its rows accepted; after n hopeless trials in a row, none of which changed the best, purses gain
-    an n-th of the share, down to a fifth, and an n-th squared of that tenth. Of trials only the last quarter of `memory`
-    counts, as text changes. The
+    an n-th of the share, down to a fifth, and an n-th squared of that tenth. Of those beside drafts that pay only the last
+    quarter of `memory` counts, as text changes; to begin drafting takes more. The
     first trial of a budget has two steps, because the first one may warm something up, unless drafting alone took
     twice what it gave, and is expected to cost what its rows do, as far as two other budgets tell. Budget 1 is always
     among them: plain decoding then costs what it costs without speculation. Steps for which nothing was drafted count
@@ -140,7 +140,7 @@ class Goodput:
             self._purse += self._gain * seconds * count if now == self._best else 0.0
             return
         steps.append((seconds, event.emitted))
-        while now != self._best and len(steps) > self._tried:
+        while 1 < self._best != now and len(steps) > self._tried:
             steps.popleft()
         if now == self._best:
             self._purse += self._gain * seconds * count
